@@ -1,0 +1,280 @@
+"""A suite: one recipe, and what varies over it. It expands into cells, one recipe each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, field_validator
+
+from peftkit.errors import InputError, RecipeError, nearest
+from peftkit.methods import ALIASES, AnyMethod
+from peftkit.recipe import Recipe, anchor, build_recipe, parse_yaml, read_yaml, set_value
+from peftkit.spec import Section
+
+Settings = dict[str, Any]
+"""Dotted recipe keys and their values; `method: lora` chooses a kind, a section set to null has its defaults."""
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a suite.
+
+    Attributes:
+        name: of its folder: variant, seed and recipe digest.
+        variant: what a table calls it; cells that differ in the seed alone share it.
+    """
+
+    name: str
+    variant: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A cell before its recipe is checked."""
+
+    variant: str
+    seed: int
+    varied: Settings
+    content: Settings
+
+
+class Suite(Section):
+    """What a benchmark runs: every variant at every point of the grid with every seed."""
+
+    name: str = Field(min_length=1)
+    description: str = Field("", description="For people: what is compared, and how the settings were chosen")
+    recipe: Settings = Field(description="The recipe that the cells share: a path, or the recipe itself")
+    variants: dict[Annotated[str, Field(min_length=1)], Settings] = Field({}, description="Name -> dotted keys it sets")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="Dotted key -> values, all combined"
+    )
+    seeds: list[NonNegativeInt] = Field([0], min_length=1)
+    exclude: list[Annotated[Settings, Field(min_length=1)]] = Field(
+        [], description="Cells left out: variant, seed or dotted keys, all of which must match"
+    )
+    always: Settings = Field({}, description="Dotted keys of every cell, above variants and grid")
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _plain_variants(cls, variants: Any) -> Any:
+        """`full:` without settings is the recipe as it stands."""
+        return {k: {} if v is None else v for k, v in variants.items()} if isinstance(variants, dict) else variants
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} names a seed twice")
+        return seeds
+
+    def cells(self) -> list[Cell]:
+        """Every run, in the order of variants, grid and seeds.
+
+        Raises:
+            RecipeError: the faults of all cells, each named once.
+        """
+        points, faults = self._included()
+        cells: list[Cell] = []
+        for point in points:
+            try:
+                cells.append(_cell(point))
+            except RecipeError as fault:
+                faults += [(point.variant, text) for text in fault.faults]
+        faults += _repeated(cells)
+        if not points and not faults:
+            faults.append(("exclude", "leaves no cell to run"))
+        if faults:
+            raise RecipeError(f"suite {self.name!r}", _gathered(faults, {point.variant for point in points}))
+        return cells
+
+    def _included(self) -> tuple[list[_Point], list[tuple[str, str]]]:
+        """Points that no exclusion matches, and the exclusions that match none."""
+        points = list(self._points())
+        matches = [{i for i, point in enumerate(points) if _is_excluded(point, rule)} for rule in self.exclude]
+        left_out = set().union(*matches)
+        idle = [rule for rule, matched in zip(self.exclude, matches, strict=True) if not matched]
+        return (
+            [point for i, point in enumerate(points) if i not in left_out],
+            [("exclude", f"{rule} matches no cell. Check its keys and values, or remove it") for rule in idle],
+        )
+
+    def _points(self) -> Iterator[_Point]:
+        names: Sequence[str] = list(self.variants) or [""]
+        for name, values in itertools.product(names, itertools.product(*self.grid.values())):
+            chosen = dict(zip(self.grid, values, strict=True))
+            varied = {**self.variants.get(name, {}), **chosen}
+            content = self._content(varied)
+            label = ", ".join([name] * bool(name) + _grid_labels(chosen))
+            for seed in self.seeds:
+                yield _Point(label, seed, varied, {**content, "seed": seed})
+
+    def _content(self, varied: Settings) -> Settings:
+        """Recipe data of one point: the shared recipe, then what varies, then what always holds."""
+        content = dict(self.recipe)
+        _apply(content, {**varied, **self.always})
+        if not _prompting(content.get("method")):
+            return content
+        # The shared training settings are for the methods that train; only a prompting variant's own would be ignored.
+        content = {key: value for key, value in self.recipe.items() if key != "training"}
+        training = self.recipe.get("training")
+        if isinstance(training, Mapping) and "max_tokens" in training:
+            content["training"] = {"max_tokens": training["max_tokens"]}
+        shared = {
+            key: v for key, v in self.always.items() if key.split(".")[0] != "training" or key == "training.max_tokens"
+        }
+        _apply(content, {**varied, **shared})
+        return content
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """Read a suite file. An override sets a suite key (`seeds=[0]`), else one of every recipe (`training.epochs=1`).
+
+    Paths are taken from the folder of the suite where they exist there; those in a recipe file, from the recipe's.
+
+    Raises:
+        InputError: a file is missing or is not YAML.
+        RecipeError: the suite's own faults, all named at once.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    folder = path.parent.absolute()
+    if isinstance(content.get("recipe"), str):
+        beside = folder / content["recipe"]
+        chosen = beside if beside.is_file() else Path(content["recipe"])
+        content["recipe"] = anchor(read_yaml(chosen), chosen.parent.absolute())
+    elif isinstance(content.get("recipe"), dict):
+        content["recipe"] = anchor(content["recipe"], folder)
+    always = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"{override!r} is not an override. Write key.sub=value, for example training.epochs=1.")
+        value = parse_yaml(text, where=f"override {override!r}")
+        if key.split(".")[0].strip() in Suite.model_fields:
+            set_value(content, key.strip(), value)
+        else:
+            always[key.strip()] = value
+    if always:
+        content["always"] = {**(content.get("always") or {}), **always}
+    return build_suite(content, where=str(path))
+
+
+def build_suite(content: Mapping[str, Any], *, where: str = "suite") -> Suite:
+    """A checked suite from plain data whose recipe is a mapping.
+
+    Raises:
+        RecipeError: one or more faults, all named at once.
+    """
+    try:
+        return Suite.model_validate(content)
+    except ValidationError as fault:
+        raise RecipeError(where, [_explain(error) for error in fault.errors()]) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(where, list(Suite.model_fields))}"
+    if error["type"] == "missing":
+        return f"{where}: is required"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]} (it is {error['input']!r})"
+
+
+def _apply(content: Settings, settings: Settings) -> None:
+    """Set dotted keys, whole sections before what is inside them; a section set to null is left to its defaults."""
+    for key, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
+        if value is None and "." not in key:
+            content.pop(key, None)
+        else:
+            set_value(content, key, value)
+
+
+def _cell(point: _Point) -> Cell:
+    recipe = build_recipe(point.content)
+    variant = point.variant or recipe.label
+    slug = re.sub(r"[^\w.=+-]+", "-", variant, flags=re.ASCII).strip("-.")[:LONGEST_LABEL] or "cell"
+    return Cell(f"{slug}-seed{point.seed}-{recipe.digest[:8]}", variant, recipe)
+
+
+def _grid_labels(chosen: Settings) -> list[str]:
+    """`lora`, `rank=8`: the shortest words that tell the points of a grid apart."""
+    last = [key.rsplit(".", 1)[-1] for key in chosen]
+    return [
+        str(value)
+        if isinstance(value, str) and key in ("method", "method.kind", "backbone", "backbone.name", "task")
+        else f"{short if last.count(short) == 1 else key}={_short(value)}"
+        for (key, value), short in zip(chosen.items(), last, strict=True)
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_excluded(point: _Point, rule: Settings) -> bool:
+    named = {"variant": point.variant, "seed": point.seed}
+    return all(named[key] == value if key in named else _holds(point, key, value) for key, value in rule.items())
+
+
+def _holds(point: _Point, key: str, value: Any) -> bool:
+    """Whether the point sets `key` to `value`; a bare word also matches the kind or name of a section."""
+    if key in point.varied and point.varied[key] == value:
+        return True
+    found: Any = point.content
+    for part in key.split("."):
+        if isinstance(found, str) and part in ("kind", "name"):
+            continue
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if isinstance(found, Mapping) and isinstance(value, str):
+        return value in (found.get("kind"), found.get("name"))
+    return bool(found == value)
+
+
+def _repeated(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Cells whose recipe an earlier one has already."""
+    first: dict[str, Cell] = {}
+    faults = []
+    for cell in cells:
+        earlier = first.setdefault(cell.recipe.digest, cell)
+        if earlier is not cell:
+            faults.append((cell.variant, f"is the same run as {earlier.variant!r}. Remove one, or exclude it"))
+    return faults
+
+
+def _gathered(faults: Sequence[tuple[str, str]], variants: set[str]) -> list[str]:
+    """One line a fault, with the variants that have it."""
+    holders: dict[str, dict[str, None]] = {}
+    for variant, text in faults:
+        holders.setdefault(text, {})[variant] = None
+    return [
+        text
+        if len(variants) > 1 and set(names) == variants
+        else f"{'; '.join(name or 'recipe' for name in names)}: {text}"
+        for text, names in holders.items()
+    ]
+
+
+def _prompting(method: Any) -> bool:
+    """Whether this `method` section trains nothing. A faulty one counts as training: its faults are told later."""
+    content = {"kind": method} if isinstance(method, str) else method
+    if not isinstance(content, dict) or content.get("kind") in ALIASES:
+        return False
+    try:
+        return _method_adapter().validate_python(content).shots is not None
+    except (ValidationError, InputError):
+        return False
+
+
+@cache
+def _method_adapter() -> TypeAdapter[AnyMethod]:
+    return TypeAdapter(AnyMethod)

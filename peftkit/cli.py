@@ -1,0 +1,288 @@
+"""The command line: parses, calls one function, prints. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit import __version__
+from peftkit.errors import InputError, PeftkitError, nearest
+
+if TYPE_CHECKING:
+    from peftkit.record import Metric, RunRecord
+
+DESCRIPTION = "Finetune pretrained transformers: know before you run, compare fairly, prove after you merge."
+OVERRIDES = {
+    "nargs": "*",
+    "metavar": "key=value",
+    "help": "override any field, such as training.epochs=1 or method=qlora",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest verb or flag."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"peftkit: {message}. See `{self.prog} --help`.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0 done, 1 ran and failed, 2 the input is wrong."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = tuple(VERBS)
+    if given and not given[0].startswith("-") and given[0] not in verbs:
+        print(f"peftkit: no verb {given[0]!r}{nearest(given[0], verbs)}. Verbs: {', '.join(verbs)}.", file=sys.stderr)
+        return 2
+    options = build_parser().parse_args(given)
+    try:
+        return int(VERBS[options.verb](options) or 0)
+    except PeftkitError as fault:
+        print(f"{type(fault).__name__}: {fault}", file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> Parser:
+    """The verbs and their flags."""
+    parser = Parser(prog="peftkit", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"peftkit {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def overridable(made: argparse.ArgumentParser) -> None:
+        hint = "override any field, such as training.epochs=1 or method=qlora"
+        made.add_argument("overrides", nargs="*", metavar="key=value", help=hint)
+
+    def verb(name: str, summary: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary)
+        made.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        return made
+
+    train = verb("train", "train and evaluate a recipe")
+    train.add_argument("recipe", type=Path)
+    overridable(train)
+    train.add_argument("--out", type=Path, help="folder of the run; default runs/LABEL-DIGEST")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    score = verb("eval", "score a run, a merged model or a plain backbone")
+    score.add_argument("reference", help="a run's folder, a model folder, a hub id or a packaged backbone")
+    score.add_argument("recipe", type=Path, nargs="?", help="whose task and data to use; default: the run's own")
+    overridable(score)
+    score.add_argument("--out", type=Path, help="where eval.json goes")
+    generate = verb("generate", "write an answer to a prompt")
+    generate.add_argument("reference", help="a run's folder, a model folder, a hub id or a packaged backbone")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    generate.add_argument("--seed", type=int, default=0)
+    merge = verb("merge", "fold an adapter into its base, then prove that both answer alike")
+    merge.add_argument("reference", type=Path, metavar="RUN_OR_ADAPTER")
+    merge.add_argument("--out", type=Path, required=True)
+    merge.add_argument("--base", help="the base to fold into; default: the one the adapter was trained on")
+    merge.add_argument("--onto", choices=("dequantized", "original"), default="dequantized", help="for quantized bases")
+    bench = verb("bench", "run every missing cell of a suite and compare")
+    bench.add_argument("suite", type=Path)
+    overridable(bench)
+    bench.add_argument("--out", type=Path, help="folder of the results; default runs/bench-NAME")
+    report = verb("report", "tables and plots of finished runs")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    data = verb("data", "show rendered examples, token by token, and what carries loss")
+    data.add_argument("recipe", type=Path)
+    overridable(data)
+    data.add_argument("-n", type=int, default=3, help="how many examples")
+    recipes = verb("recipes", "list, show or copy the presets")
+    recipes.add_argument("action", choices=("list", "show", "copy"))
+    recipes.add_argument("name", nargs="?")
+    recipes.add_argument("--to", type=Path, default=Path(), help="folder to copy to")
+    verb("doctor", "what this machine can do")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from peftkit.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    out = options.out or Path("runs") / f"{recipe.label}-{recipe.digest[:8]}"
+    from peftkit.run import train
+    from peftkit.train.progress import BarObserver, PlainObserver
+
+    if sys.stderr.isatty() and not options.json:
+        with BarObserver() as observer:
+            record = train(recipe, out, resume=options.resume, observer=observer)
+    else:
+        record = train(recipe, out, resume=options.resume, observer=PlainObserver())
+    if options.json:
+        print(json.dumps(record.model_dump(mode="json", exclude_none=True)))
+    else:
+        _print_run(record, out)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from peftkit.recipe import load_recipe
+    from peftkit.run import evaluate
+
+    if options.recipe is not None and "=" in str(options.recipe):
+        raise InputError("overrides need a recipe before them: peftkit eval RUN RECIPE key=value.")
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    metrics = evaluate(options.reference, recipe, out=options.out)
+    if options.json:
+        print(json.dumps({name: metric.model_dump(exclude_none=True) for name, metric in metrics.items()}))
+    else:
+        _print_metrics(metrics)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from peftkit.deploy.generate import generate
+
+    text = generate(
+        options.reference,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(json.dumps({"prompt": options.prompt, "answer": text}) if options.json else text)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from peftkit.deploy.merge import merge, render_report
+
+    report = merge(options.reference, options.out, base=options.base, onto=options.onto)
+    print(json.dumps(report.to_dict()) if options.json else render_report(report))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from peftkit.bench.executor import run_suite
+    from peftkit.bench.suite import load_suite
+    from peftkit.report.rows import read_cells
+    from peftkit.report.tables import render_terminal
+
+    suite = load_suite(options.suite, options.overrides)
+    out = options.out or Path("runs") / f"bench-{suite.name}"
+    results = run_suite(suite, out, report_progress=lambda text: print(text, file=sys.stderr, flush=True))
+    folders = [result.folder for result in results]
+    if options.json:
+        print(json.dumps({"out": str(out), "cells": {str(r.folder): r.status for r in results}}))
+    else:
+        _console().print(render_terminal(read_cells(folders)))
+        print(f"table: {out / 'report.md'}\nplot:  {out / 'scatter.png'}\ndata:  {out / 'results.csv'}")
+    return 0 if all(result.status == "ok" for result in results) else 1
+
+
+def _report(options: argparse.Namespace) -> None:
+    from peftkit.report.rows import find_cells, read_cells
+    from peftkit.report.tables import render_terminal
+
+    rows = read_cells([cell for folder in options.folders for cell in find_cells(folder)])
+    if not rows:
+        raise InputError(f"no finished run below {', '.join(map(str, options.folders))}.")
+    if options.json:
+        from peftkit.report.rows import as_documents
+
+        print(json.dumps(as_documents(rows)))
+    else:
+        _console().print(render_terminal(rows))
+
+
+def _data(options: argparse.Namespace) -> None:
+    from peftkit.data.preview import render_preview
+    from peftkit.recipe import load_recipe
+    from peftkit.run import preview_data
+
+    previews = preview_data(load_recipe(options.recipe, options.overrides), count=options.n)
+    if options.json:
+        print(json.dumps(previews))
+    else:
+        _console().print(render_preview(previews), soft_wrap=True)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from peftkit import presets
+
+    if options.action == "list":
+        found = presets.list_presets()
+        if options.json:
+            print(json.dumps([{"name": p.name, "description": p.description} for p in found]))
+        else:
+            width = max(len(preset.name) for preset in found)
+            print("\n".join(f"{preset.name:<{width}}  {preset.description}" for preset in found))
+        return
+    if options.name is None:
+        raise InputError(f"which recipe? peftkit recipes {options.action} NAME. See `peftkit recipes list`.")
+    if options.action == "show":
+        text = presets.show(options.name)
+        print(json.dumps({"name": options.name, "text": text}) if options.json else text, end="")
+        return
+    path = presets.copy(options.name, options.to)
+    print(json.dumps({"path": str(path)}) if options.json else f"copied to {path}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from peftkit.doctor import examine, render, to_document
+
+    report = examine()
+    if options.json:
+        print(json.dumps(to_document(report)))
+    else:
+        _console().print(render(report))
+
+
+def _print_run(record: RunRecord, out: Path) -> None:
+    from peftkit.units import format_bytes, format_seconds
+
+    print(f"{record.label}  seed {record.seed}  {out}")
+    if record.loss and record.loss.first is not None and record.loss.last is not None:
+        text = f"loss       {record.loss.first:.4f} -> {record.loss.last:.4f}"
+        validation = record.loss.validation
+        print(text + (f", validation {validation:.4f}" if validation is not None else ""))
+    _print_metrics(record.metrics or record.validation_metrics)
+    if record.throughput and record.memory and record.memory.peak_bytes:
+        memory = format_bytes(record.memory.peak_bytes - (record.memory.baseline_bytes or 0))
+        print(
+            f"training   {format_seconds(record.throughput.train_seconds)}, "
+            f"{record.throughput.tokens_per_second:.0f} tokens/s, peak {memory} over the loaded model"
+        )
+    for kind, folder in record.artifacts.items():
+        size = record.parameters.artifact_bytes if record.parameters else None
+        print(f"{kind:<10} {out / folder}" + (f" ({format_bytes(size)})" if size else ""))
+
+
+def _print_metrics(metrics: dict[str, Metric]) -> None:
+    for name, metric in metrics.items():
+        interval = (
+            f"  [{metric.low:.4f}, {metric.high:.4f}]" if metric.low is not None and metric.high is not None else ""
+        )
+        chance = f"  chance {metric.chance:.4f}" if metric.chance is not None else ""
+        print(f"{name:<15}{metric.value:.4f}{interval}  n={metric.n}{chance}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+VERBS = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "merge": _merge,
+    "bench": _bench,
+    "report": _report,
+    "data": _data,
+    "recipes": _recipes,
+    "doctor": _doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sources -> canonical tables -> batches."""

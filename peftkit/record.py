@@ -1,0 +1,125 @@
+"""The record: one JSON document per run, with the same keys whatever the method.
+
+A number that was not measured is absent. Units: bytes, seconds, tokens; losses are mean nats per loss unit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peftkit.errors import InputError
+from peftkit.files import write_json
+
+Status = Literal["ok", "oom", "diverged", "failed", "killed"]
+RECORD_NAME = "record.json"
+PREDICTIONS_NAME = "predictions.jsonl"
+
+
+class Part(BaseModel):
+    """One part of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Parameters(Part):
+    """Sizes. `artifact_bytes` counts the files that the run would deploy."""
+
+    total: int
+    trainable: int
+    artifact_bytes: int | None = None
+
+
+class Memory(Part):
+    """Peaks of the training steps. `baseline_bytes` is what was held just before the first step."""
+
+    kind: Literal["cuda-reserved", "rss"]
+    baseline_bytes: int | None = None
+    peak_bytes: int | None = None
+    tensor_peak_bytes: int | None = None
+    predicted_tensor_peak_bytes: int | None = None
+
+
+class Throughput(Part):
+    """Work done by the training steps alone; evaluation, loading and tokenisation are not in it."""
+
+    samples: int
+    tokens: int
+    loss_tokens: int
+    padding_fraction: float
+    train_seconds: float
+    cpu_seconds: float
+    tokens_per_second: float
+    step_seconds_p50: float
+    step_seconds_p90: float
+    model_flops_utilization: float | None = None
+
+
+class Loss(Part):
+    """Mean loss of the first step, of the last, over the run, and on the validation split."""
+
+    first: float | None = None
+    last: float | None = None
+    mean: float | None = None
+    validation: float | None = None
+
+
+class Metric(Part):
+    """A score with its bootstrap interval (95 %), number of examples, and what chance would give."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int
+    chance: float | None = None
+
+
+class RunRecord(Part):
+    """Everything one run measured."""
+
+    peftkit_version: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    label: str
+    seed: int
+    status: Status
+    error: str | None = None
+    environment: dict[str, Any]
+    parameters: Parameters | None = None
+    memory: Memory | None = None
+    throughput: Throughput | None = None
+    loss: Loss | None = None
+    metrics: dict[str, Metric] = {}
+    validation_metrics: dict[str, Metric] = {}
+    guards: dict[str, Any] = {}
+    artifacts: dict[str, str] = {}
+    history: list[dict[str, Any]] = []
+    wall_seconds: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `record.json` into `folder`, absent values left out."""
+        write_json(folder / RECORD_NAME, self.model_dump(mode="json", exclude_none=True))
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read the record of a run's folder.
+
+    Raises:
+        InputError: no record there, or one that cannot be understood.
+    """
+    path = folder / RECORD_NAME
+    try:
+        return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as fault:
+        raise InputError(f"{folder} holds no finished run: {path} cannot be read ({fault.strerror}).") from fault
+    except (json.JSONDecodeError, ValidationError) as fault:
+        raise InputError(f"{path} is not a record of this version of peftkit: {fault}") from fault
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Per-example predictions of a run's test split, in order."""
+    with (folder / PREDICTIONS_NAME).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

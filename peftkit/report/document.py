@@ -1,0 +1,70 @@
+"""A benchmark's report: `report.md`, with `results.csv` and `scatter.png` beside it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftkit.files import write_text
+from peftkit.report.plots import scatter
+from peftkit.report.rows import CellRow
+from peftkit.report.tables import escape_markdown, render_markdown, write_csv
+
+REPORT_NAME = "report.md"
+RESULTS_NAME = "results.csv"
+PLOT_NAME = "scatter.png"
+
+
+def write_report(out: Path, suite_name: str, rows: Sequence[CellRow], *, description: str = "") -> Path:
+    """Write the table, the plot, the numbers and how to get them again into `out`; the path of `report.md`.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    write_csv(rows, out / RESULTS_NAME)
+    plotted = scatter(rows, out / PLOT_NAME, title=suite_name)
+    parts = [f"# {escape_markdown(suite_name)}", render_markdown(rows)]
+    if plotted:
+        parts.append(f"![Quality against training memory and against speed]({PLOT_NAME})")
+    else:
+        (out / PLOT_NAME).unlink(missing_ok=True)
+    if description.strip():
+        parts.append(f"## About this benchmark\n\n{description.strip()}")
+    parts.append(_reproduction(out, rows))
+    write_text(out / REPORT_NAME, "\n\n".join(part.strip() for part in parts) + "\n")
+    return out / REPORT_NAME
+
+
+def _reproduction(out: Path, rows: Sequence[CellRow]) -> str:
+    lines = ["## How to reproduce", ""]
+    if (out / "suite.yaml").exists():
+        command = f"peftkit bench {shlex.quote(str(out / 'suite.yaml'))} --out {shlex.quote(str(out))}"
+        lines += ["```", command, "```", "", "Finished cells are kept; take another folder to run everything again."]
+    lines += [f"Every number of every cell: [{RESULTS_NAME}]({RESULTS_NAME})."]
+    environment = _common_environment(rows)
+    if environment:
+        lines += ["", "| environment | |", "|---|---|"]
+        lines += [f"| {escape_markdown(key)} | {escape_markdown(value)} |" for key, value in environment.items()]
+    return "\n".join(lines)
+
+
+def _common_environment(rows: Sequence[CellRow]) -> dict[str, str]:
+    """Each entry of the cells' environments; differing values side by side."""
+    values: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.record is not None:
+            for key, value in _entries(row.record.environment).items():
+                values.setdefault(key, {})[value] = None
+    return {key: ", ".join(found) for key, found in values.items()}
+
+
+def _entries(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    entries: dict[str, str] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            entries |= _entries(value, f"{prefix}{key} ")
+        elif value is not None:
+            entries[prefix + key] = str(value)
+    return entries

@@ -1,0 +1,237 @@
+"""Rows as a terminal table, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.files import write_text
+from peftkit.report.rows import CellRow, Estimate, Summary, common_metric, summarise
+from peftkit.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTHING = "–"
+LONGEST_NAME = 20
+"""Characters of a variant's name in a terminal of 80 columns."""
+
+
+def render_terminal(rows: Sequence[CellRow]) -> Table:
+    """A table for a terminal of 80 columns or more: score, sizes and speed a variant, and what failed, below it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    summaries = summarise(rows)
+    notes = [*interval_notes(summaries), *(f"{f.variant} {f.status}, {f.told}" for f in failures(summaries))]
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=Text("\n".join(notes)),
+        caption_justify="left",
+    )
+    table.add_column("variant", no_wrap=True)
+    for name in (common_metric(summaries) or "score", "trained", "memory", "tok/s", "time"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for summary in summaries:
+        cells = [_shortened(_named(summary)), _score(summary), *_sizes(summary, summary.memory_bytes)]
+        table.add_row(*(Text(cell) for cell in cells))
+    chance = _chance(summaries)
+    if chance:
+        table.add_row(Text("chance", "dim"), Text(chance, "dim"), *[""] * 4)
+    return table
+
+
+def render_markdown(rows: Sequence[CellRow]) -> str:
+    """A Markdown table, its notes, and a list of what failed; every name is escaped."""
+    summaries = summarise(rows)
+    main = common_metric(summaries)
+    others = list(dict.fromkeys(name for s in summaries for name in s.metrics if name != s.main))
+    header = [
+        "variant",
+        escape_markdown(main or "score"),
+        *map(escape_markdown, others),
+        "trained",
+        "memory",
+        "peak",
+        "tokens/s",
+        "time",
+        "seeds",
+    ]
+    lines = [_markdown_row(header), "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    for summary in summaries:
+        trained, memory, speed, time = _sizes(summary, summary.memory_bytes)
+        cells = [
+            escape_markdown(_named(summary)),
+            _score(summary),
+            *(_number(_value(summary.metrics.get(name))) for name in others),
+        ]
+        cells += [trained, memory, _measured(summary.peak_bytes, format_bytes), speed, time]
+        lines.append(_markdown_row([*cells, f"{summary.ended_well}/{len(summary.rows)}"]))
+    chance = _chance(summaries)
+    if chance:
+        lines.append(_markdown_row(["chance", chance, *[""] * (len(header) - 2)]))
+    notes = interval_notes(summaries)
+    failed = [f"- **{escape_markdown(f.variant)}** {f.status}: {escape_markdown(f.told)}" for f in failures(summaries)]
+    return "\n\n".join("\n".join(block) for block in (lines, notes, failed) if block) + "\n"
+
+
+def write_csv(rows: Sequence[CellRow], path: Path) -> None:
+    """One line a cell: how it ended, every setting of its recipe and every number of its record, dotted.
+
+    What was not measured is empty.
+    """
+    flat = [_flat_row(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    columns.sort(key=lambda key: key.startswith("recipe."))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(path, stream.getvalue())
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Seeds of one variant that ended alike."""
+
+    variant: str
+    status: str
+    reason: str
+    seeds: tuple[int, ...]
+
+    @property
+    def told(self) -> str:
+        """`seeds 0, 2: why`."""
+        return f"seed{'s'[: len(self.seeds) != 1]} {', '.join(map(str, self.seeds))}: {self.reason}"
+
+
+def failures(summaries: Sequence[Summary]) -> list[Failure]:
+    """What did not end well, seeds of a variant with the same reason together."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for summary in summaries:
+        for row in summary.failures:
+            seeds.setdefault((summary.variant, row.status, " ".join(row.reason.split())), []).append(row.seed)
+    return [Failure(*key, tuple(found)) for key, found in seeds.items()]
+
+
+def interval_notes(summaries: Sequence[Summary]) -> list[str]:
+    """Sentences that say what the intervals and the columns mean."""
+    scores = [summary.score for summary in summaries if summary.score is not None]
+    notes = []
+    if scores:
+        sizes = sorted({score.n for score in scores})
+        counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        notes.append(f"Scored on {counted} examples; {_bases({score.basis for score in scores})}.")
+    if any(summary.memory_bytes is not None for summary in summaries):
+        notes.append("memory: peak of the training steps above what was held before them; time: those steps alone.")
+    return notes
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line, also inside a table."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*`\[\]~])", r"\\\1", text)
+
+
+def _bases(bases: set[str]) -> str:
+    over_seeds, over_examples = "Student's t over seeds", "a bootstrap over examples"
+    if {"seeds", "examples"} <= bases:
+        return f"95 % intervals: {over_seeds}, or {over_examples} where the seeds do not differ"
+    named = {"seeds": over_seeds, "examples": over_examples}
+    return f"95 % intervals: {named[min(bases & set(named))]}" if bases & set(named) else "no intervals"
+
+
+def _named(summary: Summary) -> str:
+    done, planned = summary.ended_well, len(summary.rows)
+    return summary.variant if done in (0, planned) else f"{summary.variant} ({done}/{planned})"
+
+
+def _score(summary: Summary) -> str:
+    """`0.869 [0.861, 0.877]`, or how the variant ended."""
+    score = summary.score
+    if score is None:
+        return next((row.status for row in summary.rows if row.status != "ok"), "not scored")
+    if score.low is None or score.high is None:
+        return _number(score.value)
+    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
+
+
+def _sizes(summary: Summary, memory_bytes: float | None) -> list[str]:
+    """Parameters trained, memory, tokens a second, seconds of training."""
+    return [
+        _measured(summary.trainable, format_count),
+        _measured(memory_bytes, format_bytes),
+        _measured(summary.tokens_per_second, format_count),
+        _measured(summary.train_seconds, format_seconds),
+    ]
+
+
+def _measured(value: float | None, written: Callable[[float], str]) -> str:
+    return NOTHING if value is None else written(value)
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def _number(value: float | None) -> str:
+    """Three decimals below ten, fewer above."""
+    if value is None:
+        return NOTHING
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _chance(summaries: Sequence[Summary]) -> str:
+    levels = sorted({_number(s.score.chance) for s in summaries if s.score is not None and s.score.chance is not None})
+    return "" if not levels else levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
+
+
+def _shortened(name: str) -> str:
+    """The name, its middle left out when it is long: a grid's names differ at the end."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    tail = (LONGEST_NAME - 1) // 2
+    return f"{name[: LONGEST_NAME - 1 - tail]}…{name[-tail:]}"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _flat_row(row: CellRow) -> dict[str, Any]:
+    flat: dict[str, Any] = {
+        "variant": row.variant,
+        "seed": row.seed,
+        "status": row.status,
+        "reason": row.reason,
+        "folder": row.folder.name,
+    }
+    if row.record is None:
+        return flat
+    content = row.record.model_dump(mode="json", exclude_none=True)
+    flat |= {"label": content["label"], "recipe_digest": content["recipe_digest"]}
+    if "wall_seconds" in content:
+        flat["wall_seconds"] = content["wall_seconds"]
+    for part in ("metrics", "validation_metrics", "parameters", "memory", "throughput", "loss", "guards", "recipe"):
+        flat |= _flattened(content.get(part, {}), f"{part}.")
+    return flat
+
+
+def _flattened(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flattened(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,376 @@
+"""A recipe becomes a record: the only place that sequences the stages of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from peftkit import __version__
+from peftkit.backbones.load import Backbone, base_identity, dims_of, load_backbone
+from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
+from peftkit.data.batching import step_order
+from peftkit.data.load import load_splits
+from peftkit.data.table import Splits, Table
+from peftkit.environment import describe_environment
+from peftkit.errors import Diverged, InputError, OutOfMemory, OutputError, PeftkitError
+from peftkit.files import staged_folder, write_json, write_json_lines, write_text
+from peftkit.methods.base import Adapted, load_peft
+from peftkit.recipe import Recipe, load_recipe
+from peftkit.record import PREDICTIONS_NAME, RECORD_NAME, Loss, Metric, Parameters, RunRecord, Status, read_record
+from peftkit.tasks import SHAPES, open_task, read_head
+from peftkit.tasks.base import FeatureSet, Prediction, Score, Task
+from peftkit.train.loop import Fitted, Loop, Observer
+from peftkit.train.progress import PlainObserver
+from peftkit.train.scoring import mean_loss, predict
+
+RECIPE_NAME = "recipe.yaml"
+HEAD_NAME = "head.json"
+BASE_NAME = "base.json"
+FAILURES: dict[type[PeftkitError], Status] = {Diverged: "diverged", OutOfMemory: "oom"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run's folder, loaded for use: the backbone with what was trained on it."""
+
+    recipe: Recipe
+    backbone: Backbone
+    adapted: Adapted
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything a run needs before its first step."""
+
+    splits: Splits
+    backbone: Backbone
+    adapted: Adapted
+    task: Task
+
+
+def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+    """Train and evaluate a recipe into the folder `out`; return the record that is written there.
+
+    A folder that already holds the finished run of this recipe is left alone and its record returned.
+
+    Args:
+        resume: go on from the newest checkpoint in `out`, or start when there is none.
+
+    Raises:
+        InputError: a faulty recipe, data, backbone or folder; nothing was trained.
+        PeftkitError: training ran and failed; the record says how.
+    """
+    out, observer = Path(out), observer or PlainObserver()
+    finished = claim_folder(recipe, out, resume=resume)
+    if finished is not None:
+        return finished
+    started = time.time()
+    try:
+        record = _run(recipe, out, resume=resume, observer=observer)
+    except InputError:
+        _release_folder(out)
+        raise
+    except PeftkitError as fault:
+        _skeleton_record(recipe, FAILURES.get(type(fault), "failed"), str(fault)).write(out)
+        raise
+    record = record.model_copy(update={"wall_seconds": time.time() - started})
+    record.write(out)
+    return record
+
+
+def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> RunRecord | None:
+    """Make `out` this recipe's folder; the record if the run in it is finished.
+
+    Raises:
+        OutputError: it holds something else, or an unfinished run that was not asked to resume, or cannot be written.
+        InputError: `resume` with a recipe that changed, naming the keys.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file. Choose a folder with --out.")
+    known = out / RECIPE_NAME
+    if known.is_file():
+        before = load_recipe(known)
+        if before.digest != recipe.digest:
+            changed = "; ".join(before.differing_keys(recipe))
+            if resume:
+                raise InputError(f"{out} cannot be resumed with another recipe. It differs in: {changed}.")
+            raise OutputError(
+                f"{out} already holds another run ({before.label}). It differs in: {changed}. Choose another --out."
+            )
+        if (out / RECORD_NAME).is_file() and (record := read_record(out)).status == "ok":
+            return record
+        if not resume:
+            raise OutputError(
+                f"{out} holds an unfinished run of this recipe. Add --resume to go on, or choose another --out."
+            )
+        return None
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty and holds no run. Choose another --out.")
+    write_text(known, recipe.to_yaml())
+    return None
+
+
+def prepare(recipe: Recipe, observer: Observer, *, device: torch.device) -> Prepared:
+    """Load data, check the method, load the backbone and attach the method."""
+    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
+    head = read_head(recipe.task, splits.train)
+    recipe.method.check(dims_of(recipe.backbone, head), recipe.task.kind, recipe.backbone.quantization)
+    observer.say(f"loading {recipe.backbone.name}")
+    set_seed(recipe.seed)
+    backbone = load_backbone(recipe.backbone, _head_to_load(recipe, head), device=device)
+    adapted = recipe.method.attach(backbone)
+    return Prepared(splits, backbone, adapted, open_task(recipe.task, head))
+
+
+def _head_to_load(recipe: Recipe, head: Head) -> Head:
+    """Prompting baselines ask a causal backbone in words, so they need the head that writes words."""
+    if recipe.method.shots is None or dims_of(recipe.backbone, head).family == "encoder":
+        return head
+    return LANGUAGE_HEAD
+
+
+def open_run(folder: Path, *, device: str | torch.device = "cpu") -> Opened:
+    """Load a finished run: its backbone with the adapter, or the model it trained.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    record = read_record(folder)
+    if record.status != "ok":
+        raise InputError(f"{folder} holds a run that ended as {record.status}: {record.error or 'no reason given'}.")
+    recipe = load_recipe(folder / RECIPE_NAME)
+    kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
+    if kind is None:
+        head = read_head(recipe.task, load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed).train)
+    else:
+        head = read_saved_head(folder / kind)
+    set_seed(recipe.seed)
+    if kind == "model":
+        spec = recipe.backbone.model_copy(update={"name": str(folder / "model"), "revision": None})
+        backbone = load_backbone(spec, head, device=device)
+        adapted = Adapted(backbone.model, "model")
+    else:
+        backbone = load_backbone(recipe.backbone, _head_to_load(recipe, head), device=device)
+        adapted = load_peft(backbone, folder / kind) if kind else recipe.method.attach(backbone)
+    adapted.model.eval()
+    return Opened(recipe, backbone, adapted, open_task(recipe.task, head))
+
+
+def read_saved_head(folder: Path) -> Head:
+    """The head of a saved adapter or model; a language-model head when none is recorded."""
+    path = folder / HEAD_NAME
+    if not path.is_file():
+        return Head("language")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Head(content["kind"], tuple(content["labels"]), content["problem"])
+
+
+def evaluate(reference: str | Path, recipe: Recipe | None = None, *, out: Path | None = None) -> dict[str, Metric]:
+    """Score a run, a merged model or a plain backbone on the test split of a recipe, or else its validation split.
+
+    Args:
+        reference: a run's folder, a model folder, or anything `backbone.name` accepts.
+        recipe: whose task and data to use; a run's own when None.
+        out: where `eval.json` goes; default: the reference's own folder, or here for a hub id.
+
+    Raises:
+        InputError: nothing there to score, or nothing to score it on.
+    """
+    folder = Path(reference)
+    if (folder / RECIPE_NAME).is_file():
+        opened = open_run(folder)
+        recipe = recipe or opened.recipe
+        backbone, adapted, task = opened.backbone, opened.adapted, opened.task
+    elif recipe is None:
+        raise InputError(f"{reference} is not a run, so it does not say what to score it on. Give a recipe as well.")
+    else:
+        head = read_saved_head(folder)
+        if head.kind == "language" and recipe.task.kind == "classify":
+            head = read_head(recipe.task, load_splits(recipe.data, "classification", seed=recipe.seed).train)
+        spec = BackboneSpec(**(recipe.backbone.model_dump() | {"name": str(reference), "quantization": "none"}))
+        backbone = load_backbone(spec, head)
+        adapted, task = Adapted(backbone.model.eval(), "none"), open_task(recipe.task, head)
+    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
+    table = splits.test or splits.validation
+    if table is None:
+        raise InputError("the recipe has neither data.test nor data.validation to score on.")
+    scored = task.encode(table, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=recipe.training.max_tokens)
+    pad = _pad_id(backbone)
+    found = predict(adapted, task, scored.features, pad_id=pad, max_tokens=recipe.evaluation.batch_tokens)
+    metrics = _as_metrics(task.metrics(found, intervals=True))
+    where = out or (folder if folder.is_dir() else Path())
+    document = {"reference": str(reference), "loss": mean_loss(found, scored.features)}
+    document["metrics"] = {name: metric.model_dump(exclude_none=True) for name, metric in metrics.items()}
+    write_json(where / "eval.json", document)
+    return metrics
+
+
+def preview_data(recipe: Recipe, *, count: int) -> list[dict[str, Any]]:
+    """The first examples of the training split as the model sees them: tokens, and which of them carry loss."""
+    from peftkit.backbones.load import load_tokenizer
+    from peftkit.data.preview import preview
+
+    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
+    head = read_head(recipe.task, splits.train)
+    tokenizer = load_tokenizer(recipe.backbone)
+    shown = Table(splits.train.rows[:count], splits.train.origins[:count], "")
+    dims = dims_of(recipe.backbone, head)
+    task = open_task(recipe.task, head)
+    features = task.encode(shown, tokenizer, dims, recipe.data, max_tokens=recipe.training.max_tokens).features
+    return preview(features, tokenizer, origins=shown.origins, count=count, labels=head.labels or None)
+
+
+def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunRecord:
+    project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "trackers"))
+    accelerator = Accelerator(log_with=list(recipe.tracking.to) or None, project_config=project)
+    if recipe.tracking.to:
+        accelerator.init_trackers(recipe.tracking.project, config={"label": recipe.label, "digest": recipe.digest})
+    prepared = prepare(recipe, observer, device=accelerator.device)
+    backbone, adapted = prepared.backbone, prepared.adapted
+    fitted: Fitted | None = None
+    if recipe.method.shots is None:
+        fitted = _fit(recipe, prepared, out, resume=resume, observer=observer, accelerator=accelerator)
+        _save_artifact(adapted, backbone, out)
+    validation = _score(recipe, prepared, prepared.splits.validation, observer)
+    test = _score(recipe, prepared, prepared.splits.test, observer)
+    if test is not None:
+        write_json_lines(out / PREDICTIONS_NAME, test[0])
+    accelerator.end_training()
+    folder = out / adapted.artifact
+    trainable = sum(parameter.numel() for parameter in adapted.trainable().values())
+    loss = fitted.loss if fitted else None
+    if validation is not None:
+        values = (loss.model_dump() if loss else {}) | {"validation": validation[2]}
+        loss = Loss(**values)
+    return _skeleton_record(recipe, "ok", None).model_copy(
+        update={
+            "parameters": Parameters(
+                total=backbone.dims.num_params,
+                trainable=trainable,
+                artifact_bytes=sum(f.stat().st_size for f in folder.rglob("*")) if folder.is_dir() else None,
+            ),
+            "memory": fitted.meter.memory() if fitted else None,
+            "throughput": fitted.meter.throughput() if fitted else None,
+            "loss": loss,
+            "metrics": test[1] if test else {},
+            "validation_metrics": validation[1] if validation else {},
+            "guards": fitted.guards if fitted else {},
+            "history": fitted.history if fitted else [],
+            "artifacts": {adapted.artifact: adapted.artifact} if folder.is_dir() else {},
+        }
+    )
+
+
+def _fit(
+    recipe: Recipe, prepared: Prepared, out: Path, *, resume: bool, observer: Observer, accelerator: Accelerator
+) -> Fitted:
+    expected = recipe.method.trainable_params(prepared.backbone.dims)
+    trainable = sum(parameter.numel() for parameter in prepared.adapted.trainable().values())
+    assert trainable == expected, f"{trainable} parameters train, and the method counts {expected}"
+    observer.say(f"{recipe.label}: {trainable:,} of {prepared.backbone.dims.num_params:,} parameters train")
+    features = _encode(recipe, prepared, prepared.splits.train, "train", observer).features
+    for warning in prepared.task.inspect(features, prepared.backbone.tokenizer):
+        observer.say(f"warning: {warning}")
+    held_out = prepared.splits.validation
+    loop = Loop(
+        prepared.adapted,
+        prepared.task,
+        recipe.training,
+        recipe.evaluation,
+        train=features,
+        validation=_encode(recipe, prepared, held_out, "validation", observer).features if held_out else None,
+        pad_id=_pad_id(prepared.backbone),
+        seed=recipe.seed,
+        folder=out,
+        accelerator=accelerator,
+        observer=observer,
+    )
+    return loop.fit(resume=resume)
+
+
+def _encode(recipe: Recipe, prepared: Prepared, table: Table, split: str, observer: Observer) -> FeatureSet:
+    """Tokenize a split, and say loudly what was lost."""
+    backbone, limit = prepared.backbone, recipe.training.max_tokens
+    found = prepared.task.encode(table, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=limit)
+    troubles = {
+        "were left out: too long, nothing that carries loss was left": found.dropped,
+        "lost part of their answer to training.max_tokens": found.answer_cut,
+        "were cut to training.max_tokens": found.truncated - found.answer_cut,
+    }
+    for trouble, count in troubles.items():
+        if count:
+            observer.say(f"warning: {count} of {len(table)} {split} examples {trouble} ({limit})")
+    return found
+
+
+def _score(
+    recipe: Recipe, prepared: Prepared, table: Table | None, observer: Observer
+) -> tuple[list[Prediction], dict[str, Metric], float | None] | None:
+    """Predictions, metrics with intervals, and mean loss on a split; None without the split."""
+    if table is None:
+        return None
+    task, backbone = prepared.task, prepared.backbone
+    shots = recipe.method.shots
+    if shots is None:
+        scored: FeatureSet | list[Prediction] = _encode(recipe, prepared, table, "held-out", observer)
+    else:
+        order = step_order(len(prepared.splits.train), len(prepared.splits.train), seed=recipe.seed, epoch=0)[0]
+        shown = Table(
+            [prepared.splits.train.rows[i] for i in order], [prepared.splits.train.origins[i] for i in order], ""
+        )
+        scored = task.prompt(
+            backbone, table, shown, shots=shots, data=recipe.data, max_tokens=recipe.training.max_tokens
+        )
+    if isinstance(scored, list):
+        return scored, _as_metrics(task.metrics(scored, intervals=True)), None
+    found = predict(
+        prepared.adapted, task, scored.features, pad_id=_pad_id(backbone), max_tokens=recipe.evaluation.batch_tokens
+    )
+    return found, _as_metrics(task.metrics(found, intervals=True)), mean_loss(found, scored.features)
+
+
+def _save_artifact(adapted: Adapted, backbone: Backbone, out: Path) -> None:
+    """The adapter or model, with tokenizer, head and the identity of the base it belongs to."""
+    if adapted.artifact == "none":
+        return
+    with staged_folder(out / adapted.artifact) as staging:
+        adapted.save(staging)
+        backbone.tokenizer.save_pretrained(staging)
+        write_json(staging / HEAD_NAME, asdict(backbone.dims.head))
+        write_json(staging / BASE_NAME, base_identity(backbone))
+
+
+def _as_metrics(scores: dict[str, Score]) -> dict[str, Metric]:
+    return {name: Metric(**asdict(score)) for name, score in scores.items()}
+
+
+def _pad_id(backbone: Backbone) -> int:
+    return int(backbone.tokenizer.pad_token_id or 0)
+
+
+def _skeleton_record(recipe: Recipe, status: Status, error: str | None) -> RunRecord:
+    return RunRecord(
+        peftkit_version=__version__,
+        recipe=recipe.to_dict(),
+        recipe_digest=recipe.digest,
+        label=recipe.label,
+        seed=recipe.seed,
+        status=status,
+        error=error,
+        environment=describe_environment(),
+    )
+
+
+def _release_folder(out: Path) -> None:
+    """Take back a folder in which nothing has happened yet."""
+    if out.is_dir() and {path.name for path in out.iterdir()} <= {RECIPE_NAME}:
+        (out / RECIPE_NAME).unlink(missing_ok=True)
+        out.rmdir()

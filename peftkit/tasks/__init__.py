@@ -1,0 +1,43 @@
+"""One file per task: examples -> features -> loss -> metrics. The set of tasks is `spec.AnyTask`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftkit.backbones.spec import LANGUAGE_HEAD, Head
+from peftkit.data.table import Shape, Table
+from peftkit.tasks.spec import AnyTask, Chat, Classify, Completion
+
+if TYPE_CHECKING:
+    from peftkit.tasks.base import Task
+
+SHAPES: dict[str, Shape] = {"chat": "conversation", "completion": "completion", "classify": "classification"}
+"""The rows that each task reads."""
+
+
+def read_head(spec: AnyTask, train: Table) -> Head:
+    """The head a task needs on the backbone, read off the training split.
+
+    Raises:
+        DataError: labels that no head can be made for.
+    """
+    if isinstance(spec, Classify):
+        from peftkit.tasks.classify import read_head as read_labels
+
+        return read_labels(spec, train)
+    return LANGUAGE_HEAD
+
+
+def open_task(spec: AnyTask, head: Head) -> Task:
+    """The runtime of a task spec."""
+    from peftkit.tasks.chat import ChatTask
+    from peftkit.tasks.classify import ClassifyTask
+    from peftkit.tasks.completion import CompletionTask
+
+    match spec:
+        case Chat():
+            return ChatTask(spec)
+        case Completion():
+            return CompletionTask(spec)
+        case Classify():
+            return ClassifyTask(spec, head)

@@ -1,0 +1,322 @@
+"""The training loop. One for all methods and tasks: it moves whatever tensors train, by whatever loss the task has."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+
+from peftkit.data.batching import collate, micro_batches, step_order
+from peftkit.data.features import Features
+from peftkit.errors import InputError, OutOfMemory
+from peftkit.files import append_json_line, write_json_lines
+from peftkit.methods.base import Adapted
+from peftkit.recipe import Evaluation, Training
+from peftkit.record import Loss
+from peftkit.tasks.base import Score, Task
+from peftkit.train import checkpoint
+from peftkit.train.activations import set_checkpointing
+from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
+from peftkit.train.meter import Meter
+from peftkit.train.optimizers import build_optimizer, learning_rate
+from peftkit.train.scoring import computing, mean_loss, predict
+
+AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Padded tokens of one forward with `micro_batch: auto`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step did, for a progress bar or a log."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    peak_bytes: int
+    seconds_left: float
+
+
+class Observer(Protocol):
+    """Whoever watches a run."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_validation(self, step: int, loss: float, metrics: dict[str, Score]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where the loop stands; all of it is in a checkpoint."""
+
+    step: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    loss_sum: float = 0.0
+    loss_units: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    scorings_since_best: int = 0
+    stopped: bool = False
+    guards: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The outcome of training; the adapted model holds the weights that the recipe keeps."""
+
+    steps: int
+    loss: Loss
+    meter: Meter
+    guards: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+class Loop:
+    """One run's training: `fit` starts or resumes it."""
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        task: Task,
+        training: Training,
+        evaluation: Evaluation,
+        *,
+        train: Sequence[Features],
+        validation: Sequence[Features] | None,
+        pad_id: int,
+        seed: int,
+        folder: Path,
+        accelerator: Accelerator,
+        observer: Observer,
+    ) -> None:
+        if accelerator.num_processes > 1:
+            raise InputError("this version trains on one device. Start it without `accelerate launch`.")
+        self.adapted, self.task, self.training, self.evaluation = adapted, task, training, evaluation
+        self.train, self.validation, self.pad_id, self.seed = train, validation, pad_id, seed
+        self.folder, self.observer, self.accelerator = folder, observer, accelerator
+        self.trainable = adapted.trainable()
+        self.steps_per_epoch = math.ceil(len(train) / training.batch_size)
+        self.total_steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
+        self.device = accelerator.device
+        self.optimizer = build_optimizer(self.trainable.values(), training)
+        self.meter = Meter(self.device)
+        self.state = LoopState()
+        self._order: tuple[int, list[npt.NDArray[Any]]] = (-1, [])
+        set_checkpointing(adapted.model, training.checkpointing)
+
+    def fit(self, *, resume: bool = False) -> Fitted:
+        """Train to the end, from the newest checkpoint when `resume` and there is one.
+
+        Raises:
+            Diverged: the loss or the gradient is not a number.
+            GuardTripped: what should train does not.
+            OutOfMemory: the device, or the machine, has no more memory.
+        """
+        if resume:
+            self._resume()
+        guard = MovementGuard(self.trainable) if self.state.step < SETTLED_STEPS else None
+        try:
+            while self.state.step < self.total_steps and not self.state.stopped:
+                self._advance(guard)
+                if guard is not None and self.state.step >= min(SETTLED_STEPS, self.total_steps):
+                    self._settle(guard)
+                    guard = None
+                if self._validation_is_due():
+                    self._validate()
+                if self.state.step % self.training.checkpoint_every == 0 and self.state.step < self.total_steps:
+                    self._save()
+        except (torch.OutOfMemoryError, MemoryError) as fault:
+            raise OutOfMemory(
+                f"{fault} Try a smaller training.micro_batch, training.max_tokens or backbone."
+            ) from fault
+        except RuntimeError as fault:
+            if "can't allocate memory" in str(fault) or "not enough memory" in str(fault):
+                raise OutOfMemory(f"{fault} Try a smaller training.micro_batch or training.max_tokens.") from fault
+            raise
+        return self._finish()
+
+    def _advance(self, guard: MovementGuard | None) -> None:
+        """One optimizer step; its loss is the mean over all loss units of the step, however it is cut."""
+        state, examples = self.state, self._examples(self.state.step)
+        units = sum(example.loss_units for example in examples)
+        rate = learning_rate(self.training, state.step, self.total_steps)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        self.adapted.model.train()
+        with self.meter.step():
+            total = torch.zeros((), device=self.device)
+            for group in self._cut(examples):
+                batch = collate(group, self.pad_id).to(self.device)
+                with computing(self.adapted, self.device):
+                    loss = self.task.loss(self.adapted.model, batch, smoothing=self.training.label_smoothing)
+                self.accelerator.backward(loss / units)
+                total += loss.detach()
+                self.meter.count(
+                    samples=len(group),
+                    tokens=sum(len(example) for example in group),
+                    padded_tokens=batch.input_ids.numel(),
+                    loss_tokens=batch.loss_units,
+                )
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+            mean, gradient_norm = float(total) / units, float(norm)
+            require_finite(mean, gradient_norm, state.step + 1)
+            if self.training.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.trainable.values(), self.training.clip, norm)
+            if guard is not None:
+                guard.see_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.first_loss = mean if state.first_loss is None else state.first_loss
+        state.last_loss = mean
+        state.loss_sum += mean * units
+        state.loss_units += units
+        self._report(mean, gradient_norm, rate)
+
+    def _examples(self, step: int) -> list[Features]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = step_order(len(self.train), self.training.batch_size, seed=self.seed, epoch=epoch)
+            self._order = (epoch, order)
+        return [self.train[position] for position in self._order[1][index]]
+
+    def _cut(self, examples: list[Features]) -> list[list[Features]]:
+        match self.training.micro_batch:
+            case "auto":
+                return list(micro_batches(examples, max_tokens=AUTO_TOKENS.get(self.device.type, 8192)))
+            case int(count):
+                return list(micro_batches(examples, max_examples=count))
+            case budget:
+                return list(micro_batches(examples, max_tokens=int(budget.split()[0])))
+
+    def _report(self, loss: float, gradient_norm: float, rate: float) -> None:
+        state, recent = self.state, self.meter.step_seconds[-20:]
+        report = StepReport(
+            step=state.step,
+            total_steps=self.total_steps,
+            epoch=state.step / self.steps_per_epoch,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            learning_rate=rate,
+            tokens_per_second=self.meter.tokens / self.meter.train_seconds,
+            peak_bytes=self.meter.peak_bytes,
+            seconds_left=(self.total_steps - state.step) * sum(recent) / len(recent),
+        )
+        self.observer.on_step(report)
+        if state.step % self.training.log_every == 0 or state.step in (1, self.total_steps):
+            row = {
+                "step": report.step,
+                "epoch": round(report.epoch, 4),
+                "loss": loss,
+                "gradient_norm": gradient_norm,
+                "learning_rate": rate,
+                "tokens_per_second": round(report.tokens_per_second, 1),
+            }
+            self._log(row)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        append_json_line(self.folder / "log.jsonl", row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def _settle(self, guard: MovementGuard) -> None:
+        self.state.guards = guard.judge()
+        for key, trouble in (("without_gradient", "received no gradient"), ("unmoved", "did not move")):
+            names = self.state.guards[key]
+            if names:
+                self.observer.say(
+                    f"warning: {len(names)} of {len(self.trainable)} trained tensors {trouble} in the first steps, "
+                    f"such as {names[0]}"
+                )
+
+    def _validation_is_due(self) -> bool:
+        every, step = self.evaluation.every, self.state.step
+        if self.validation is None or every == "never":
+            return False
+        return step == self.total_steps or step % (self.steps_per_epoch if every == "epoch" else every) == 0
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        state = self.state
+        found = predict(
+            self.adapted, self.task, self.validation, pad_id=self.pad_id, max_tokens=self.evaluation.batch_tokens
+        )
+        loss, metrics = mean_loss(found, self.validation), self.task.metrics(found, intervals=False)
+        require_finite(loss, 0.0, state.step)
+        values = {"loss": loss} | {name: score.value for name, score in metrics.items()}
+        state.history.append({"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4)} | values)
+        self._log({"step": state.step} | {f"validation_{name}": value for name, value in values.items()})
+        self.observer.on_validation(state.step, loss, metrics)
+        metric = self._selection(values)
+        sign = -1.0 if metric in self.task.lower_is_better else 1.0
+        if state.best_value is None or sign * values[metric] > sign * state.best_value:
+            state.best_value, state.best_step, state.scorings_since_best = values[metric], state.step, 0
+            if self.evaluation.keep == "best":
+                checkpoint.save_best(self.folder / "checkpoints", self.trainable)
+        else:
+            state.scorings_since_best += 1
+            if self.evaluation.patience is not None and state.scorings_since_best >= self.evaluation.patience:
+                state.stopped = True
+                self.observer.say(f"stopped at step {state.step}: no better {metric} since step {state.best_step}")
+
+    def _selection(self, values: dict[str, float]) -> str:
+        metric = self.task.selection_metric if self.evaluation.metric == "auto" else self.evaluation.metric
+        if metric not in values:
+            raise InputError(f"evaluation.metric: this task has no {metric!r}. It has: {', '.join(values)}.")
+        return metric
+
+    def _save(self) -> None:
+        state = {"loop": {n: getattr(self.state, n) for n in LoopState.__slots__}, "meter": self.meter.state()}
+        checkpoint.save_checkpoint(
+            self.folder / "checkpoints", self.state.step, self.trainable, self.optimizer, json.dumps(state)
+        )
+
+    def _resume(self) -> None:
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints")
+        log = self.folder / "log.jsonl"
+        if found:
+            state = json.loads(checkpoint.load_checkpoint(found[-1], self.trainable, self.optimizer))
+            self.state = LoopState(**state["loop"])
+            self.meter.restore(state["meter"])
+            self.observer.say(f"resumed from step {self.state.step} of {self.total_steps}")
+        if log.exists():
+            rows = [_parsed(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            write_json_lines(log, [row for row in rows if row is not None and row["step"] <= self.state.step])
+
+    def _finish(self) -> Fitted:
+        state = self.state
+        kept_best = self.evaluation.keep == "best" and state.best_step not in (None, state.step)
+        if kept_best:
+            checkpoint.restore_tensors(self.folder / "checkpoints" / "best", self.trainable)
+        scored = next((row for row in state.history if row["step"] == state.best_step), None)
+        last = scored if kept_best else (state.history[-1] if state.history else None)
+        loss = Loss(
+            first=state.first_loss,
+            last=state.last_loss,
+            mean=state.loss_sum / state.loss_units if state.loss_units else None,
+            validation=last["loss"] if last else None,
+        )
+        guards = state.guards | {"best_step": state.best_step, "stopped_early": state.stopped, "steps": state.step}
+        return Fitted(state.step, loss, self.meter, guards, state.history)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A row of the log; None for a line that a crash tore."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row

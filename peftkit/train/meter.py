@@ -1,0 +1,131 @@
+"""Time, tokens and peak memory of the training steps alone: evaluation and checkpoints are outside of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from peftkit.record import Memory, Throughput
+
+WARMUP_STEPS = 2
+"""Steps left out of the step-time percentiles: allocations and caches settle in them."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counters of one run. They are part of a checkpoint, so that a resumed run reports the whole."""
+
+    device: torch.device
+    samples: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    loss_tokens: int = 0
+    train_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    baseline_bytes: int | None = None
+    peak_bytes: int = 0
+    tensor_peak_bytes: int = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure one optimizer step."""
+        if self.baseline_bytes is None:
+            self.baseline_bytes = self._held()
+        self._reset_peak()
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - wall
+        self.train_seconds += seconds
+        self.cpu_seconds += time.process_time() - cpu
+        self.step_seconds.append(seconds)
+        self._read_peak()
+
+    def count(self, *, samples: int, tokens: int, padded_tokens: int, loss_tokens: int) -> None:
+        """Add one forward's examples; `padded_tokens` includes the padding, `tokens` does not."""
+        self.samples += samples
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+        self.loss_tokens += loss_tokens
+
+    def throughput(self) -> Throughput | None:
+        """The totals, or None when no step was taken."""
+        if not self.step_seconds:
+            return None
+        steady = self.step_seconds[WARMUP_STEPS:] or self.step_seconds
+        return Throughput(
+            samples=self.samples,
+            tokens=self.tokens,
+            loss_tokens=self.loss_tokens,
+            padding_fraction=1 - self.tokens / self.padded_tokens,
+            train_seconds=self.train_seconds,
+            cpu_seconds=self.cpu_seconds,
+            tokens_per_second=self.tokens / self.train_seconds,
+            step_seconds_p50=float(np.percentile(steady, 50)),
+            step_seconds_p90=float(np.percentile(steady, 90)),
+        )
+
+    def memory(self) -> Memory:
+        """Peaks over all steps: reserved by the allocator on CUDA, resident set elsewhere."""
+        on_cuda = self.device.type == "cuda"
+        return Memory(
+            kind="cuda-reserved" if on_cuda else "rss",
+            baseline_bytes=self.baseline_bytes,
+            peak_bytes=self.peak_bytes or None,
+            tensor_peak_bytes=self.tensor_peak_bytes or None,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "device"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's counters."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _held(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return int(psutil.Process().memory_info().rss)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_high_water()
+
+    def _read_peak(self) -> None:
+        if self.device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_reserved(self.device))
+            self.tensor_peak_bytes = max(self.tensor_peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        else:
+            self.peak_bytes = max(self.peak_bytes, _high_water() or self._held())
+
+
+def _reset_high_water() -> None:
+    """Linux: set the resident high-water mark back to what is resident now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _high_water() -> int | None:
+    """Linux: the resident high-water mark in bytes; None where it is not kept."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None

@@ -1,0 +1,35 @@
+"""Bytes, counts and seconds as people read them. Inside the program bytes are ints and times are seconds."""
+
+from __future__ import annotations
+
+MIB = 2**20
+GIB = 2**30
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1536` -> `1.5 KiB`; binary units, one decimal from KiB up."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_count(count: float) -> str:
+    """`338690` -> `339k`; three significant digits with k, M, B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`75.3` -> `1m15s`; below ten seconds one decimal."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
