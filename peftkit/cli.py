@@ -155,10 +155,15 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from peftkit.deploy.merge import merge, render_report
+    from peftkit.deploy.merge import merge
+    from peftkit.deploy.model_card import summarise
 
     report = merge(options.reference, options.out, base=options.base, onto=options.onto)
-    print(json.dumps(report.to_dict()) if options.json else render_report(report))
+    if options.json:
+        print(json.dumps(report.model_dump(mode="json", exclude_none=True)))
+    else:
+        print("\n".join(summarise(report.verification, report.weights)))
+        print(f"merged model  {options.out}")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -170,12 +175,13 @@ def _bench(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, options.overrides)
     out = options.out or Path("runs") / f"bench-{suite.name}"
     results = run_suite(suite, out, report_progress=lambda text: print(text, file=sys.stderr, flush=True))
-    folders = [result.folder for result in results]
     if options.json:
         print(json.dumps({"out": str(out), "cells": {str(r.folder): r.status for r in results}}))
     else:
-        _console().print(render_terminal(read_cells(folders)))
-        print(f"table: {out / 'report.md'}\nplot:  {out / 'scatter.png'}\ndata:  {out / 'results.csv'}")
+        _console().print(render_terminal(read_cells([out])))
+        for kind, name in (("table", "report.md"), ("plot", "scatter.png"), ("data", "results.csv")):
+            if (out / name).is_file():
+                print(f"{kind}  {out / name}")
     return 0 if all(result.status == "ok" for result in results) else 1
 
 

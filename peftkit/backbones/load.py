@@ -163,6 +163,7 @@ def base_identity(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.spec.name,
         "revision": backbone.spec.revision,
         "quantization": backbone.spec.quantization,
+        "dtype": str(backbone.compute_dtype).removeprefix("torch."),
         "config_digest": config_digest(backbone.dims.config),
         "weights_digest": weights_digest(backbone.folder),
     }

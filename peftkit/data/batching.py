@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftkit.data.features import IGNORED, Features
 
-FORWARD_OVERHEAD_TOKENS = 64
+FORWARD_OVERHEAD_TOKENS = 128
 """What one more forward costs, in padded tokens: a step is cut where it saves more padding than that."""
 
 

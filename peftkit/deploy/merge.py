@@ -1,7 +1,8 @@
 """Fold an adapter into a model that plain transformers loads, and prove from the files that it answers the same.
 
 The delta is folded in float32 onto the frozen weights that the adapter was trained on, and the result is rounded once,
-to the dtype these were held in (see `rounding` for deltas that rounding to nearest would lose). Nothing stands at the output folder before the proof has passed.
+to the dtype these were held in; `rounding` says how a delta finer than that dtype survives. Nothing stands at the
+output folder before the proof has passed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from peftkit import __version__
-from peftkit.deploy.adapter import HEAD_NAME, Source, attach, check_base, fold, read_source, touched_modules
+from peftkit.cache import file_sha256
+from peftkit.deploy.adapter import (
+    HEAD_NAME,
+    WEIGHTS_NAME,
+    Source,
+    attach,
+    check_base,
+    fold,
+    read_source,
+    touched_modules,
+)
 from peftkit.deploy.answers import Difference, Probes, Reference, difference, take_reference
 from peftkit.deploy.model_card import render_card
 from peftkit.deploy.rounding import dequantize, round_parameters, snapshot, to_float32
@@ -69,6 +80,7 @@ class MergeReport(Part):
     peftkit_version: str
     source: str
     status: Literal["ok", "rejected"]
+    adapter_digest: str
     method: str
     recipe_digest: str | None = None
     base: Base
@@ -80,7 +92,7 @@ class MergeReport(Part):
     dithered_tensors: int
     verification: Verification
     weights: dict[Onto, Difference] = Field(default_factory=dict)
-    wall_seconds: float
+    wall_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,8 @@ def merge(
 ) -> MergeReport:
     """Merge the adapter of a run, or a bare PEFT adapter, into the folder `out`; prove it, and return the report.
 
-    `out` appears whole, proven, or not at all. When the proof fails, the report alone goes to `OUT.rejected`.
+    `out` appears whole, proven, or not at all. When the proof fails, the report alone goes to `OUT.rejected`. A folder
+    that already holds this very merge is left alone and its report returned.
 
     Args:
         base: the base's name, where the adapter doesn't know it or it has moved.
@@ -125,6 +138,9 @@ def merge(
     source = read_source(Path(run_or_adapter), base)
     if onto == "original" and source.spec.quantization == "none":
         raise InputError("--onto original would be ignored: the base of this adapter is not quantized. Leave it out.")
+    done = _finished(out, source, onto)
+    if done is not None:
+        return done
     dims = _require_room(out, source)
     recognised, merged = _fold_source(source, dims, onto, max_examples)
     rejected = out.with_name(out.name + REJECTED_SUFFIX)
@@ -133,30 +149,10 @@ def merge(
         verdict, model = verify(
             merged.reference, staging, spec=source.spec, dims=dims, before=merged.before, touched=merged.touched
         )
-        quantized = source.spec.quantization != "none"
-        report = MergeReport(
-            peftkit_version=__version__,
-            source=str(run_or_adapter),
-            status="ok" if verdict.passed else "rejected",
-            method=source.method,
-            recipe_digest=source.recipe.digest if source.recipe else None,
-            base=Base(
-                name=source.spec.name,
-                revision=source.spec.revision,
-                quantization=source.spec.quantization,
-                recognised_by=recognised,
-                trained_on=source.trained_on,
-            ),
-            onto=onto if quantized else None,
-            dtype=verdict.dtype,
-            num_params=dims.num_params,
-            num_bytes=num_bytes,
-            folded_modules=len(merged.touched),
-            dithered_tensors=merged.dithered,
-            verification=verdict,
-            weights=_weigh(source, merged, model, onto) if quantized else {},
-            wall_seconds=time.perf_counter() - started,
-        )
+        report = _report(str(run_or_adapter), source, merged, verdict, onto, recognised=recognised, num_bytes=num_bytes)
+        if report.onto is not None:
+            report = report.model_copy(update={"weights": _weigh(source, merged, model, onto)})
+        report = report.model_copy(update={"wall_seconds": time.perf_counter() - started})
         if not verdict.passed:
             write_json(rejected / REPORT_NAME, report.model_dump(mode="json", exclude_none=True))
             raise VerificationFailed(
@@ -166,6 +162,46 @@ def merge(
         write_text(staging / "README.md", render_card(source, verdict, onto=report.onto))
         write_json(staging / REPORT_NAME, report.model_dump(mode="json", exclude_none=True))
     return report
+
+
+def _report(
+    origin: str, source: Source, merged: _Merged, verdict: Verification, onto: Onto, *, recognised: str, num_bytes: int
+) -> MergeReport:
+    return MergeReport(
+        peftkit_version=__version__,
+        source=origin,
+        status="ok" if verdict.passed else "rejected",
+        adapter_digest=file_sha256(source.adapter / WEIGHTS_NAME),
+        method=source.method,
+        recipe_digest=source.recipe.digest if source.recipe else None,
+        base=Base(
+            name=source.spec.name,
+            revision=source.spec.revision,
+            quantization=source.spec.quantization,
+            recognised_by=recognised,
+            trained_on=source.trained_on,
+        ),
+        onto=onto if source.spec.quantization != "none" else None,
+        dtype=verdict.dtype,
+        num_params=merged.dims.num_params,
+        num_bytes=num_bytes,
+        folded_modules=len(merged.touched),
+        dithered_tensors=merged.dithered,
+        verification=verdict,
+    )
+
+
+def _finished(out: Path, source: Source, onto: Onto) -> MergeReport | None:
+    """The report of a merge of the same adapter, in the same way, that stands at `out` already."""
+    path = out / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        report = MergeReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError:
+        return None
+    same = report.adapter_digest == file_sha256(source.adapter / WEIGHTS_NAME) and report.onto in (None, onto)
+    return report if same and report.base.name == source.spec.name else None
 
 
 def _require_room(out: Path, source: Source) -> Dims:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.packaged import PACKAGED
+from peftkit.deploy.answers import Difference
 from peftkit.deploy.verify import Verification
 
 if TYPE_CHECKING:
@@ -44,6 +46,27 @@ def render_card(source: Source, verification: Verification, *, onto: str | None)
         _proof(verification),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def summarise(verification: Verification, weights: Mapping[Any, Difference]) -> list[str]:
+    """The proof as lines for a terminal; for a quantized base, how far each kind of merge is from what was trained."""
+    found, allowed = verification.difference.model_dump(), verification.tolerance.model_dump()
+    lines = [f"read back from disk, against the adapter on {verification.prompts}, {found['positions']} positions"]
+    lines += [
+        f"{name:<28}{found[key]:>10{form}}   allowed {allowed[key]:{form}}"
+        for name, key, form in PROOF_ROWS
+        if found[key] is not None
+    ]
+    lines += [
+        f"{name:<28}{pair.merged:>10.4f}   adapter {pair.adapter:.4f}   n={pair.n}"
+        for name, pair in verification.metrics.items()
+    ]
+    lines += [
+        f"{'onto ' + kind + ' weights':<28}{other.top1_agreement:>10.2%}   KL {other.mean_kl:.3g} to what was trained"
+        for kind, other in weights.items()
+        if other.top1_agreement is not None and other.mean_kl is not None
+    ]
+    return lines
 
 
 def licence_of(source: Source) -> str | None:

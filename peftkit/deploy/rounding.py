@@ -1,9 +1,10 @@
 """Between the base's storage and float32: what quantized weights stand for, and one rounding back.
 
-Rounding to nearest loses a delta that is small beside the spacing of a narrow dtype: the base's weights lie on its grid,
-and W + delta falls back to W. Three steps of bfloat16 LoRA on SmolLM2-135M keep 45 % of their effect that way. Where that
-happens, a tensor is rounded stochastically instead, up or down with the probability that makes the mean exact (Gupta et
-al. 2015, arXiv:1502.02551): the noise is that of any rounding, and the delta survives in the sum.
+Rounding to nearest loses a delta that is small beside the spacing of a narrow dtype: the base's weights lie on its
+grid, and W + delta falls back to W. Three steps of bfloat16 LoRA on SmolLM2-135M keep 45 % of their effect that way,
+and the merge is ten times further from the adapter than it need be. Where that happens, a tensor is rounded
+stochastically instead, up or down with the probability that makes the mean exact (Gupta et al. 2015, arXiv:1502.02551):
+the noise is that of any rounding, and the delta survives in the sum.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 KEPT_SHARE = 0.02
 """How far from 1 the share of the delta that survives rounding to nearest may be."""
+SEED = 1502_02551
+"""Of the dither. Not one that models are initialised with: the same stream would make the two depend on each other."""
 
 
 def dequantize(model: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +67,7 @@ def round_parameters(model: nn.Module, dtype: torch.dtype, base: Mapping[str, Te
     Args:
         base: `snapshot` of the weights before the fold.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     dithered = 0
     for name, parameter in model.named_parameters():
         nearest = parameter.data.to(dtype)

@@ -25,6 +25,8 @@ from peftkit.methods.lora import Lora
 from peftkit.methods.peft_any import PeftAny
 from peftkit.methods.prefix import Prefix
 from peftkit.methods.prompt import Prompt
+from peftkit.recipe import build_recipe
+from peftkit.run import train
 
 SENTIMENT = Head("classification", ("bad", "good"), "single_label_classification")
 LABELS = Head("classification", ("a", "b", "c"), "multi_label_classification")
@@ -83,7 +85,14 @@ def write_llama(folder: Path, *, seed: int, hidden: int = 64, layers: int = 2, t
 
 
 def make_adapter(
-    folder: Path, base: str | Path, method: Method, *, head: Head = LANGUAGE_HEAD, identity: bool = True, **numbers: Any
+    folder: Path,
+    base: str | Path,
+    method: Method,
+    *,
+    head: Head = LANGUAGE_HEAD,
+    identity: bool = True,
+    amount: float = 0.02,
+    **numbers: Any,
 ) -> Backbone:
     """An adapter whose trainable numbers have all moved, as a run saves it; returns its live model as a backbone."""
     spec = BackboneSpec(name=str(base), **{"dtype": "float32", **numbers})
@@ -92,7 +101,7 @@ def make_adapter(
     adapted = method.attach(backbone)
     with torch.no_grad():
         for parameter in adapted.trainable().values():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter += amount * torch.randn_like(parameter)
     adapted.save(folder)
     write_json(folder / "head.json", asdict(head))
     if identity:
@@ -281,6 +290,20 @@ def test_a_faulty_fold_is_caught_in_bfloat16_too(
         merge(tmp_path / "adapter", tmp_path / "out")
 
 
+@pytest.mark.parametrize("fault", ["not applied", "applied twice", "wrong scale"])
+def test_a_delta_finer_than_bfloat16_survives_and_its_faults_are_still_caught(
+    fault: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "adapter", llama, Lora(rank=16), dtype="bfloat16", amount=4e-4)
+    found = merge(tmp_path / "adapter", tmp_path / "right")
+    assert found.dithered_tensors == 14
+    assert found.verification.difference.gain == pytest.approx(1, abs=0.1)
+    assert (found.verification.base.rms_logit or 0) < found.verification.tolerance.rms_difference
+    monkeypatch.setattr(merging, "fold", faulty_fold(FOLD_FAULTS[fault]))
+    with pytest.raises(VerificationFailed):
+        merge(tmp_path / "adapter", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -401,6 +424,32 @@ def test_an_adapter_that_diverged_is_refused(llama: Path, tmp_path: Path) -> Non
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(PeftkitError, match="not finite"):
         merge(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_run_is_proven_on_its_own_validation_split_and_scored_on_its_test_split(llama: Path, tmp_path: Path) -> None:
+    for name, first in (("train", 0), ("validation", 40), ("test", 60)):
+        rows = [{"prompt": f"{n} and one is ", "completion": str(n + 1)} for n in range(first, first + 20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    recipe = build_recipe(
+        {
+            "backbone": {"name": str(llama), "dtype": "float32"},
+            "method": {"kind": "lora", "rank": 4},
+            "task": "completion",
+            "data": splits,
+            "training": {"max_steps": 4, "learning_rate": 0.01},
+        }
+    )
+    train(recipe, tmp_path / "run")
+    report = merge(tmp_path / "run", tmp_path / "out", max_examples=15)
+    assert report.recipe_digest == recipe.digest
+    assert report.method == "lora"
+    assert report.verification.prompts == "the validation split"
+    assert report.verification.difference.positions == 20 * 3  # two digits and the stop token of 41 to 60
+    pair = report.verification.metrics["perplexity"]
+    assert pair.n == 15
+    assert pair.merged == pytest.approx(pair.adapter, rel=1e-5)
+    assert f"| Recipe digest | {recipe.digest} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
