@@ -47,6 +47,9 @@ class Training(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     clip: PositiveFloat | None = Field(1.0, description="Largest norm of the whole gradient; null leaves it alone")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Of the backbone's own layers; null leaves what its configuration says"
+    )
     checkpointing: Literal["auto", "off", "all"] | PositiveInt = Field(
         "auto", description="Recompute activations in the backward pass: of no layer, all, or so many"
     )

@@ -125,7 +125,9 @@ def prepare(recipe: Recipe, observer: Observer, *, device: torch.device) -> Prep
     recipe.method.check(dims_of(recipe.backbone, head), recipe.task.kind, recipe.backbone.quantization)
     observer.say(f"loading {recipe.backbone.name}")
     set_seed(recipe.seed)
-    backbone = load_backbone(recipe.backbone, _head_to_load(recipe, head), device=device)
+    backbone = load_backbone(
+        recipe.backbone, _head_to_load(recipe, head), device=device, dropout=recipe.training.dropout
+    )
     adapted = recipe.method.attach(backbone)
     return Prepared(splits, backbone, adapted, open_task(recipe.task, head))
 

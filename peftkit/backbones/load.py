@@ -53,8 +53,13 @@ class Backbone:
     compute_dtype: torch.dtype
 
 
-def load_backbone(spec: BackboneSpec, head: Head, *, device: str | torch.device = "cpu") -> Backbone:
+def load_backbone(
+    spec: BackboneSpec, head: Head, *, device: str | torch.device = "cpu", dropout: float | None = None
+) -> Backbone:
     """Load weights, tokenizer and head. A classification head that the files lack is initialised at random.
+
+    Args:
+        dropout: probability in the backbone's own dropout layers; None leaves what its configuration says.
 
     Raises:
         BackboneError: the reference cannot be resolved, or its files cannot be loaded under the recipe's terms.
@@ -62,6 +67,8 @@ def load_backbone(spec: BackboneSpec, head: Head, *, device: str | torch.device 
     folder = resolve(spec)
     config = read_config(spec)
     dims = dims_of(spec, head, config)
+    if dropout is not None:
+        _set_dropout(config, dropout)
     tokenizer = load_tokenizer(spec)
     dtype = compute_dtype(spec, device)
     arguments: dict[str, Any] = {"dtype": dtype, "config": _headed(config, head, tokenizer), "device_map": {"": device}}
@@ -202,6 +209,23 @@ def _headed(config: Any, head: Head, tokenizer: Any) -> Any:
         if tokenizer is not None and config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return config
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    """Set every dropout probability that this architecture's configuration has.
+
+    Raises:
+        BackboneError: it has none, so that the setting would be ignored.
+    """
+    text = config.get_text_config()
+    names = [name for name in text.to_dict() if "dropout" in name or name.endswith("_pdrop")]
+    if not names:
+        raise BackboneError(
+            f"training.dropout={dropout} would be ignored: {config.model_type} has no dropout. Leave it out."
+        )
+    for name in names:
+        if name != "classifier_dropout" or getattr(text, name) is not None:
+            setattr(text, name, dropout)
 
 
 def _quantization(spec: BackboneSpec, dims: Dims, dtype: torch.dtype) -> Any:

@@ -1,0 +1,84 @@
+"""Take a finished benchmark into the repository: `python benchmarks/publish.py [runs/demo ...]`.
+
+Copies its table, plot and numbers to benchmarks/results/NAME, then writes benchmarks/RESULTS.md and the README's table
+from what lies there. `--check` writes nothing and exits 1 when either is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from peftkit.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PUBLISHED = ("report.md", "results.csv", "scatter.png", "suite.yaml")
+README_BLOCK = re.compile(r"(<!-- demo table: benchmarks/publish.py -->\n).*?(<!-- end -->)", re.DOTALL)
+HEADER = """# Results
+
+Written by `python benchmarks/publish.py` from what committed commands printed; do not edit. Each section names the
+command that makes it again. Machines differ: compare figures within a section, not across sections.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Publish the named runs and write the documents, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        publish(run)
+    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    if not options.check:
+        for path, text in documents().items():
+            write_text(path, text)
+        return 0
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is stale: run `python benchmarks/publish.py`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def publish(run: Path) -> None:
+    """Copy what a person reads of a run's folder."""
+    title = (run / "report.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    folder = RESULTS / title.replace("\\", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PUBLISHED:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+
+
+def documents() -> dict[Path, str]:
+    """The generated documents: path -> text."""
+    sections = [section(folder) for folder in sorted(RESULTS.iterdir()) if (folder / "report.md").is_file()]
+    readme = ROOT / "README.md"
+    return {
+        ROOT / "benchmarks" / "RESULTS.md": "\n".join([HEADER, *sections]),
+        readme: README_BLOCK.sub(
+            lambda found: found.group(1) + demo_table() + found.group(2), readme.read_text(encoding="utf-8")
+        ),
+    }
+
+
+def section(folder: Path) -> str:
+    """A run's report, one heading level down, its links pointing into its folder."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\((scatter\.png|results\.csv)\)", rf"](results/{folder.name}/\1)", text)
+    command = f"peftkit bench benchmarks/{folder.name.replace('-', '_')}.yaml --out runs/{folder.name}"
+    return re.sub(r"```\npeftkit bench .*?\n```", f"```\n{command}\n```", text, flags=re.DOTALL)
+
+
+def demo_table() -> str:
+    """The table of the demo's report."""
+    lines = (RESULTS / "demo" / "report.md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines[: lines.index("## About this benchmark")] if line.startswith("|")) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
