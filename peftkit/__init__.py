@@ -39,18 +39,22 @@ __all__ = [
 _HOMES = {
     "Recipe": "peftkit.recipe",
     "RunRecord": "peftkit.record",
-    "bench": "peftkit.bench.executor:run_suite",
     "evaluate": "peftkit.run",
     "generate": "peftkit.deploy.generate",
     "load_recipe": "peftkit.recipe",
     "load_suite": "peftkit.bench.suite",
     "merge": "peftkit.deploy.merge",
     "read_record": "peftkit.record",
-    "train": "peftkit.run",
 }
 
 
+_VERBS = ("bench", "train")
+"""Packages that can be called."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return import_module(f"peftkit.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'peftkit' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peftkit import __version__
 from peftkit.errors import InputError
 from peftkit.files import write_json
+from peftkit.recipe import Recipe
 
 Status = Literal["ok", "oom", "diverged", "failed", "killed"]
 RECORD_NAME = "record.json"
@@ -102,6 +104,20 @@ class RunRecord(Part):
     def write(self, folder: Path) -> None:
         """Write `record.json` into `folder`, absent values left out."""
         write_json(folder / RECORD_NAME, self.model_dump(mode="json", exclude_none=True))
+
+
+def bare_record(recipe: Recipe, status: Status, error: str | None, *, environment: dict[str, Any]) -> RunRecord:
+    """A record that says which run it is and how it ended; a run that measured something adds to it."""
+    return RunRecord(
+        peftkit_version=__version__,
+        recipe=recipe.to_dict(),
+        recipe_digest=recipe.digest,
+        label=recipe.label,
+        seed=recipe.seed,
+        status=status,
+        error=error,
+        environment=environment,
+    )
 
 
 def read_record(folder: Path) -> RunRecord:

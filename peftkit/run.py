@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
-from peftkit import __version__
 from peftkit.backbones.load import Backbone, base_identity, dims_of, load_backbone
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
 from peftkit.data.batching import step_order
@@ -23,7 +22,17 @@ from peftkit.errors import Diverged, InputError, OutOfMemory, OutputError, Peftk
 from peftkit.files import staged_folder, write_json, write_json_lines, write_text
 from peftkit.methods.base import Adapted, load_peft
 from peftkit.recipe import Recipe, load_recipe
-from peftkit.record import PREDICTIONS_NAME, RECORD_NAME, Loss, Metric, Parameters, RunRecord, Status, read_record
+from peftkit.record import (
+    PREDICTIONS_NAME,
+    RECORD_NAME,
+    Loss,
+    Metric,
+    Parameters,
+    RunRecord,
+    Status,
+    bare_record,
+    read_record,
+)
 from peftkit.tasks import SHAPES, open_task, read_head
 from peftkit.tasks.base import FeatureSet, Prediction, Score, Task
 from peftkit.train.loop import Fitted, Loop, Observer
@@ -79,7 +88,8 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Ob
         _release_folder(out)
         raise
     except PeftkitError as fault:
-        _skeleton_record(recipe, FAILURES.get(type(fault), "failed"), str(fault)).write(out)
+        status = FAILURES.get(type(fault), "failed")
+        bare_record(recipe, status, str(fault), environment=describe_environment()).write(out)
         raise
     record = record.model_copy(update={"wall_seconds": time.time() - started})
     record.write(out)
@@ -252,7 +262,7 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
     if validation is not None:
         values = (loss.model_dump() if loss else {}) | {"validation": validation[2]}
         loss = Loss(**values)
-    return _skeleton_record(recipe, "ok", None).model_copy(
+    return bare_record(recipe, "ok", None, environment=describe_environment()).model_copy(
         update={
             "parameters": Parameters(
                 total=backbone.dims.num_params,
@@ -356,19 +366,6 @@ def _as_metrics(scores: dict[str, Score]) -> dict[str, Metric]:
 
 def _pad_id(backbone: Backbone) -> int:
     return int(backbone.tokenizer.pad_token_id or 0)
-
-
-def _skeleton_record(recipe: Recipe, status: Status, error: str | None) -> RunRecord:
-    return RunRecord(
-        peftkit_version=__version__,
-        recipe=recipe.to_dict(),
-        recipe_digest=recipe.digest,
-        label=recipe.label,
-        seed=recipe.seed,
-        status=status,
-        error=error,
-        environment=describe_environment(),
-    )
 
 
 def _release_folder(out: Path) -> None:

@@ -57,6 +57,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.3,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -84,6 +85,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=128,
+        initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

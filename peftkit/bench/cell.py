@@ -13,15 +13,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peftkit import __version__
 from peftkit.errors import Diverged, InputError, OutOfMemory, PeftkitError
 from peftkit.files import write_text
-from peftkit.recipe import Recipe, build_recipe, read_yaml
-from peftkit.record import RECORD_NAME, RunRecord, Status, read_record
+from peftkit.recipe import build_recipe, read_yaml
+from peftkit.record import RECORD_NAME, RunRecord, Status, bare_record, read_record
 
 RECIPE_NAME = "recipe.yaml"
 ERROR_NAME = "error.txt"
@@ -88,23 +86,9 @@ def run_cell(folder: Path) -> RunRecord:
             return told
         from peftkit.environment import describe_environment
 
-        record = unfinished_record(recipe, _status(fault), _reason(fault), environment=describe_environment())
+        record = bare_record(recipe, _status(fault), _reason(fault), environment=describe_environment())
         record.write(folder)
         return record
-
-
-def unfinished_record(recipe: Recipe, status: Status, error: str, *, environment: dict[str, Any]) -> RunRecord:
-    """The record of a run that ended without one of its own."""
-    return RunRecord(
-        peftkit_version=__version__,
-        recipe=recipe.to_dict(),
-        recipe_digest=recipe.digest,
-        label=recipe.label,
-        seed=recipe.seed,
-        status=status,
-        error=error,
-        environment=environment,
-    )
 
 
 def _status(fault: Exception) -> Status:

@@ -25,12 +25,11 @@ from peftkit.bench.cell import (
     current_record,
     finished,
     holding,
-    unfinished_record,
 )
 from peftkit.bench.suite import Cell, Suite
 from peftkit.files import explained, write_json, write_text
 from peftkit.recipe import dump_yaml
-from peftkit.record import RunRecord, Status
+from peftkit.record import RunRecord, Status, bare_record
 from peftkit.report.document import write_report
 from peftkit.report.rows import CELLS_FOLDER, MANIFEST_NAME, read_cells
 from peftkit.units import format_seconds
@@ -152,7 +151,7 @@ def _outcome(cell: Cell, folder: Path, code: int) -> RunRecord | None:
             return None
         status, reason = _unexplained_end(folder, code)
         environment = {"python": platform.python_version(), "platform": platform.platform()}
-        record = unfinished_record(cell.recipe, status, reason, environment=environment)
+        record = bare_record(cell.recipe, status, reason, environment=environment)
         record.write(folder)
         return record
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from peftkit.backbones.dims import Dims
 from peftkit.methods.base import Adapted, Method, attach_peft
@@ -20,6 +20,12 @@ class Prompt(Method):
     virtual_tokens: PositiveInt = 20
     init: Literal["vocabulary", "random", "text"] = Field("vocabulary", description="Where the vectors start from")
     init_text: str | None = Field(None, description="With init: text, the words whose embeddings they start as")
+
+    @model_validator(mode="after")
+    def _text_is_given_where_it_is_used(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("init: text and init_text belong together; give both or neither")
+        return self
 
     def trainable_params(self, dims: Dims) -> int:
         return self.virtual_tokens * dims.hidden + dims.head_params

@@ -54,6 +54,7 @@ class Task(Protocol):
 
     main_metric: str
     selection_metric: str
+    metric_names: tuple[str, ...]
     lower_is_better: frozenset[str]
 
     def encode(self, table: Table, tokenizer: Any, dims: Dims, data: DataSpec, *, max_tokens: int) -> FeatureSet:

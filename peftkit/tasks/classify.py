@@ -38,6 +38,11 @@ PROBLEMS: dict[str, Problem] = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
+METRIC_NAMES = {
+    "single_label_classification": ("accuracy", "macro_f1", "micro_f1", "precision", "recall", "mcc"),
+    "multi_label_classification": ("accuracy", "macro_f1", "micro_f1", "precision", "recall"),
+    "regression": ("pearson", "rmse", "mae"),
+}
 SCORES = {
     "single_label_classification": SingleLabelScores,
     "multi_label_classification": MultiLabelScores,
@@ -54,6 +59,7 @@ class ClassifyTask:
         self.spec = spec
         self.labels = head.labels
         self.problem = str(head.problem)
+        self.metric_names = METRIC_NAMES[self.problem]
         self.main_metric = self.selection_metric = "pearson" if head.problem == "regression" else "accuracy"
 
     def encode(self, table: Table, tokenizer: Any, dims: Dims, data: DataSpec, *, max_tokens: int) -> FeatureSet:

@@ -26,6 +26,7 @@ class LanguageTask:
 
     main_metric = "token_accuracy"
     selection_metric = "loss"
+    metric_names: tuple[str, ...] = ("token_accuracy", "perplexity", "exact_match")
     lower_is_better = frozenset({"perplexity", "loss"})
 
     def inspect(self, features: Sequence[Features], tokenizer: Any) -> list[str]:

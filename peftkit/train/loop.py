@@ -108,6 +108,7 @@ class Loop:
         self.adapted, self.task, self.training, self.evaluation = adapted, task, training, evaluation
         self.train, self.validation, self.pad_id, self.seed = train, validation, pad_id, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
+        self.selection = self._selection()
         self.trainable = adapted.trainable()
         self.steps_per_epoch = math.ceil(len(train) / training.batch_size)
         self.total_steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
@@ -260,7 +261,7 @@ class Loop:
         state.history.append({"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4)} | values)
         self._log({"step": state.step} | {f"validation_{name}": value for name, value in values.items()})
         self.observer.on_validation(state.step, loss, metrics)
-        metric = self._selection(values)
+        metric = self.selection
         sign = -1.0 if metric in self.task.lower_is_better else 1.0
         if state.best_value is None or sign * values[metric] > sign * state.best_value:
             state.best_value, state.best_step, state.scorings_since_best = values[metric], state.step, 0
@@ -272,10 +273,11 @@ class Loop:
                 state.stopped = True
                 self.observer.say(f"stopped at step {state.step}: no better {metric} since step {state.best_step}")
 
-    def _selection(self, values: dict[str, float]) -> str:
+    def _selection(self) -> str:
+        known = ("loss", *self.task.metric_names)
         metric = self.task.selection_metric if self.evaluation.metric == "auto" else self.evaluation.metric
-        if metric not in values:
-            raise InputError(f"evaluation.metric: this task has no {metric!r}. It has: {', '.join(values)}.")
+        if metric not in known:
+            raise InputError(f"evaluation.metric: this task has no {metric!r}. It has: {', '.join(known)}.")
         return metric
 
     def _save(self) -> None:

@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from peftkit.bench import cell as cell_module
-from peftkit.bench.cell import BUSY, finished, holding, run_cell, unfinished_record
+from peftkit.bench.cell import BUSY, finished, holding, run_cell
 from peftkit.bench.executor import CellResult, run_suite
 from peftkit.bench.suite import Cell, Suite, build_suite
 from peftkit.errors import Diverged, MethodError
 from peftkit.files import write_text
-from peftkit.record import read_record
+from peftkit.record import bare_record, read_record
 from peftkit.report.rows import read_cells
 
 RECIPE = {
@@ -49,7 +49,7 @@ def silent(text: str) -> None:
 
 def finish(cell: Cell, folder: Path) -> None:
     """Lay a finished run, as `train` would have left it."""
-    record = unfinished_record(cell.recipe, "failed", "", environment={})
+    record = bare_record(cell.recipe, "failed", "", environment={})
     record.model_copy(update={"status": "ok", "error": None}).write(folder)
 
 

@@ -385,8 +385,11 @@ def test_a_folder_in_use_is_left_alone(llama: Path, tmp_path: Path) -> None:
     make_adapter(tmp_path / "adapter", llama, Lora(rank=4))
     merge(tmp_path / "adapter", tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = merge(tmp_path / "adapter", tmp_path / "out")  # the very same merge: its report, and nothing is done
+    assert again.verification.passed
+    make_adapter(tmp_path / "other", llama, Lora(rank=8))
     with pytest.raises(OutputError, match="is not empty"):
-        merge(tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "other", tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 

@@ -150,17 +150,29 @@ def test_a_saved_run_answers_as_it_did(name: str, task: str, recipe_for: Any, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", ["full", "lora", "dora", "prefix", "prompt"])
-def test_eight_examples_can_be_learned_by_heart(name: str, task: str, recipe_for: Any, tmp_path: Path) -> None:
-    rate = "3e-3" if name == "full" else "3e-2"
-    recipe = recipe_for(name, task, "training.epochs=60", f"training.learning_rate={rate}", "training.warmup=0.1")
+@pytest.mark.parametrize(
+    ("name", "task", "rate"),
+    [
+        ("full", "classify", "3e-3"),
+        ("lora", "classify", "1e-2"),
+        ("dora", "classify", "1e-2"),
+        ("prefix", "classify", "3e-2"),
+        ("prompt", "classify", "3e-2"),
+        ("full", "chat", "1e-2"),
+        ("lora", "chat", "3e-2"),
+        ("dora", "chat", "3e-2"),
+    ],
+)
+def test_eight_examples_can_be_learned_by_heart(
+    name: str, task: str, rate: str, recipe_for: Any, tmp_path: Path
+) -> None:
+    settings = ["training.epochs=120", f"training.learning_rate={rate}", "training.warmup=0.1"]
+    settings += ["training.dropout=0"] if task == "classify" else []  # Llama has none
+    recipe = recipe_for(name, task, *settings)
     fitted = loop_of(prepared(recipe), recipe, tmp_path).fit()
     assert fitted.loss.first is not None
     assert fitted.loss.last is not None
-    # Two random layers under a frozen 49k-word embedding cannot learn text by heart through a few soft vectors.
-    limit = 0.9 if task == "chat" and name in ("prefix", "prompt") else 0.5
-    assert fitted.loss.last < limit * fitted.loss.first
+    assert fitted.loss.last < 0.5 * fitted.loss.first
 
 
 def test_full_finetuning_of_a_quantized_backbone_is_refused_with_the_remedy(classify_recipe: Any) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
+from peftkit.tasks.classify import METRIC_NAMES, SCORES
 from peftkit.tasks.metrics import (
     MultiLabelScores,
     RegressionScores,
@@ -13,6 +14,17 @@ from peftkit.tasks.metrics import (
     scores_of_confusion,
     scores_of_label_sets,
 )
+
+
+def test_the_names_a_task_promises_are_those_it_scores() -> None:
+    pairs = {
+        "single_label_classification": [0, 1],
+        "multi_label_classification": [[0, 1], [1, 0]],
+        "regression": [0.5, 1.0],
+    }
+    for problem, values in pairs.items():
+        found = SCORES[problem]().compute(predictions=values, references=values)
+        assert tuple(found) == METRIC_NAMES[problem]
 
 
 def test_single_label_scores() -> None:
