@@ -33,11 +33,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for run in options.runs:
         publish(run)
-    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    generated = documents()
     if not options.check:
-        for path, text in documents().items():
+        for path, text in generated.items():
             write_text(path, text)
         return 0
+    stale = [path for path, text in generated.items() if not path.is_file() or path.read_text("utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} is stale: run `python benchmarks/publish.py`", file=sys.stderr)
     return 1 if stale else 0

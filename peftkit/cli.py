@@ -14,6 +14,7 @@ from peftkit import __version__
 from peftkit.errors import InputError, PeftkitError, nearest
 
 if TYPE_CHECKING:
+    from peftkit.recipe import Recipe
     from peftkit.record import Metric, RunRecord
 
 DESCRIPTION = "Finetune pretrained transformers: know before you run, compare fairly, prove after you merge."
@@ -109,22 +110,29 @@ def build_parser() -> Parser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from peftkit.folder import finished_record
     from peftkit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or Path("runs") / f"{recipe.label}-{recipe.digest[:8]}"
+    record = finished_record(recipe, out)
+    if record is None:
+        record = _start(recipe, out, options)
+    if options.json:
+        print(json.dumps(record.model_dump(mode="json", exclude_none=True)))
+    else:
+        _print_run(record, out)
+
+
+def _start(recipe: Recipe, out: Path, options: argparse.Namespace) -> RunRecord:
+    """Train, watched by a bar on a terminal and by plain lines elsewhere."""
     from peftkit.run import train
     from peftkit.train.progress import BarObserver, PlainObserver
 
     if sys.stderr.isatty() and not options.json:
         with BarObserver() as observer:
-            record = train(recipe, out, resume=options.resume, observer=observer)
-    else:
-        record = train(recipe, out, resume=options.resume, observer=PlainObserver())
-    if options.json:
-        print(json.dumps(record.model_dump(mode="json", exclude_none=True)))
-    else:
-        _print_run(record, out)
+            return train(recipe, out, resume=options.resume, observer=observer)
+    return train(recipe, out, resume=options.resume, observer=PlainObserver())
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,13 +18,13 @@ from peftkit.data.batching import step_order
 from peftkit.data.load import load_splits
 from peftkit.data.table import Splits, Table
 from peftkit.environment import describe_environment
-from peftkit.errors import Diverged, InputError, OutOfMemory, OutputError, PeftkitError
-from peftkit.files import staged_folder, write_json, write_json_lines, write_text
+from peftkit.errors import Diverged, InputError, OutOfMemory, PeftkitError
+from peftkit.files import staged_folder, write_json, write_json_lines
+from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME, claim_folder, release_folder
 from peftkit.methods.base import Adapted, load_peft
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.record import (
     PREDICTIONS_NAME,
-    RECORD_NAME,
     Loss,
     Metric,
     Parameters,
@@ -39,9 +39,6 @@ from peftkit.train.loop import Fitted, Loop, Observer
 from peftkit.train.progress import PlainObserver
 from peftkit.train.scoring import mean_loss, predict
 
-RECIPE_NAME = "recipe.yaml"
-HEAD_NAME = "head.json"
-BASE_NAME = "base.json"
 FAILURES: dict[type[PeftkitError], Status] = {Diverged: "diverged", OutOfMemory: "oom"}
 
 
@@ -85,7 +82,7 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Ob
     try:
         record = _run(recipe, out, resume=resume, observer=observer)
     except InputError:
-        _release_folder(out)
+        release_folder(out)
         raise
     except PeftkitError as fault:
         status = FAILURES.get(type(fault), "failed")
@@ -94,38 +91,6 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Ob
     record = record.model_copy(update={"wall_seconds": time.time() - started})
     record.write(out)
     return record
-
-
-def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> RunRecord | None:
-    """Make `out` this recipe's folder; the record if the run in it is finished.
-
-    Raises:
-        OutputError: it holds something else, or an unfinished run that was not asked to resume, or cannot be written.
-        InputError: `resume` with a recipe that changed, naming the keys.
-    """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file. Choose a folder with --out.")
-    known = out / RECIPE_NAME
-    if known.is_file():
-        before = load_recipe(known)
-        if before.digest != recipe.digest:
-            changed = "; ".join(before.differing_keys(recipe))
-            if resume:
-                raise InputError(f"{out} cannot be resumed with another recipe. It differs in: {changed}.")
-            raise OutputError(
-                f"{out} already holds another run ({before.label}). It differs in: {changed}. Choose another --out."
-            )
-        if (out / RECORD_NAME).is_file() and (record := read_record(out)).status == "ok":
-            return record
-        if not resume:
-            raise OutputError(
-                f"{out} holds an unfinished run of this recipe. Add --resume to go on, or choose another --out."
-            )
-        return None
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} is not empty and holds no run. Choose another --out.")
-    write_text(known, recipe.to_yaml())
-    return None
 
 
 def prepare(recipe: Recipe, observer: Observer, *, device: torch.device) -> Prepared:
@@ -251,8 +216,8 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
     if recipe.method.shots is None:
         fitted = _fit(recipe, prepared, out, resume=resume, observer=observer, accelerator=accelerator)
         _save_artifact(adapted, backbone, out)
-    validation = _score(recipe, prepared, prepared.splits.validation, observer)
-    test = _score(recipe, prepared, prepared.splits.test, observer)
+    validation = _score(recipe, prepared, "validation", observer)
+    test = _score(recipe, prepared, "test", observer)
     if test is not None:
         write_json_lines(out / PREDICTIONS_NAME, test[0])
     accelerator.end_training()
@@ -324,15 +289,16 @@ def _encode(recipe: Recipe, prepared: Prepared, table: Table, split: str, observ
 
 
 def _score(
-    recipe: Recipe, prepared: Prepared, table: Table | None, observer: Observer
+    recipe: Recipe, prepared: Prepared, split: Literal["validation", "test"], observer: Observer
 ) -> tuple[list[Prediction], dict[str, Metric], float | None] | None:
     """Predictions, metrics with intervals, and mean loss on a split; None without the split."""
+    table = prepared.splits.validation if split == "validation" else prepared.splits.test
     if table is None:
         return None
     task, backbone = prepared.task, prepared.backbone
     shots = recipe.method.shots
     if shots is None:
-        scored: FeatureSet | list[Prediction] = _encode(recipe, prepared, table, "held-out", observer)
+        scored: FeatureSet | list[Prediction] = _encode(recipe, prepared, table, split, observer)
     else:
         order = step_order(len(prepared.splits.train), len(prepared.splits.train), seed=recipe.seed, epoch=0)[0]
         shown = Table(
@@ -366,10 +332,3 @@ def _as_metrics(scores: dict[str, Score]) -> dict[str, Metric]:
 
 def _pad_id(backbone: Backbone) -> int:
     return int(backbone.tokenizer.pad_token_id or 0)
-
-
-def _release_folder(out: Path) -> None:
-    """Take back a folder in which nothing has happened yet."""
-    if out.is_dir() and {path.name for path in out.iterdir()} <= {RECIPE_NAME}:
-        (out / RECIPE_NAME).unlink(missing_ok=True)
-        out.rmdir()

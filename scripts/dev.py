@@ -42,12 +42,17 @@ BENCH = ("bench", "benchmarks/demo.yaml", "--out", DEMO)
 DEMO_STEPS = (
     Step("1/4  Every method on one encoder: film reviews, good or bad", BENCH),
     Step("2/4  A short chat LoRA of SmolLM2-135M", ("train", "recipes/demo-chat.yaml", "--out", CHAT)),
-    Step("3/4  Fold the adapter into the model, and prove it", ("merge", CHAT, "--out", MERGED)),
+    Step(
+        "3/4  Fold the adapter into the model, and prove it",
+        ("merge", CHAT, "--out", MERGED),
+        f"{CHAT}/merge.txt",
+        f"{CHAT}/record.json",
+    ),
     Step(
         f"4/4  {PROMPT}  Before:", ("generate", "smollm2-135m", PROMPT), f"{CHAT}/before.txt", "recipes/demo-chat.yaml"
     ),
     Step("     After:", ("generate", MERGED, PROMPT), f"{CHAT}/after.txt", f"{MERGED}/merge_report.json"),
-    Step("The table again", BENCH),
+    Step("The table again", ("report", DEMO)),
 )
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",), ("pytest",))
 

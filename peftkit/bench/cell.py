@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 
 from peftkit.errors import Diverged, InputError, OutOfMemory, PeftkitError
 from peftkit.files import write_text
+from peftkit.folder import RECIPE_NAME
 from peftkit.recipe import build_recipe, read_yaml
 from peftkit.record import RECORD_NAME, RunRecord, Status, bare_record, read_record
 
-RECIPE_NAME = "recipe.yaml"
 ERROR_NAME = "error.txt"
 BUSY = 75
 """Exit code when another process runs this cell (EX_TEMPFAIL of sysexits.h)."""

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from peftkit.bench.cell import (
     BUSY,
-    RECIPE_NAME,
     clear_failure,
     current_record,
     finished,
@@ -28,6 +27,7 @@ from peftkit.bench.cell import (
 )
 from peftkit.bench.suite import Cell, Suite
 from peftkit.files import explained, write_json, write_text
+from peftkit.folder import RECIPE_NAME
 from peftkit.recipe import dump_yaml
 from peftkit.record import RunRecord, Status, bare_record
 from peftkit.report.document import write_report

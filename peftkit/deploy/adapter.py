@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
 from peftkit.errors import BackboneError, InputError, MethodError
+from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.record import RunRecord, read_record
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.load import Backbone
 
-BASE_NAME = "base.json"
-HEAD_NAME = "head.json"
-RECIPE_NAME = "recipe.yaml"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 

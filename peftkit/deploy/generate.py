@@ -12,7 +12,8 @@ from peftkit.backbones.load import load_backbone
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec
 from peftkit.data.chat import render_prompt
 from peftkit.errors import InputError
-from peftkit.run import RECIPE_NAME, open_run
+from peftkit.folder import RECIPE_NAME
+from peftkit.run import open_run
 
 
 def generate(

@@ -18,7 +18,6 @@ from pydantic import Field, ValidationError
 from peftkit import __version__
 from peftkit.cache import file_sha256
 from peftkit.deploy.adapter import (
-    HEAD_NAME,
     WEIGHTS_NAME,
     Source,
     attach,
@@ -33,6 +32,7 @@ from peftkit.deploy.rounding import dequantize, round_parameters, snapshot, to_f
 from peftkit.deploy.verify import Verification, fingerprints, verify
 from peftkit.errors import InputError, OutputError, VerificationFailed
 from peftkit.files import staged_folder, write_json, write_text
+from peftkit.folder import HEAD_NAME
 from peftkit.record import Part
 from peftkit.units import format_bytes
 

@@ -92,7 +92,10 @@ def attach_peft(backbone: Backbone, config: object) -> Adapted:
     """Wrap the backbone in a `PeftModel`; whatever trains is held in float32."""
     from peft import get_peft_model
 
-    model = get_peft_model(backbone.model, config)
+    from peftkit.backbones.quiet import quietly
+
+    with quietly():
+        model = get_peft_model(backbone.model, config)
     raise_trainable_to_float32(model)
     return Adapted(model, "adapter")
 
