@@ -19,6 +19,8 @@ from peftkit.data.features import Features
 from peftkit.record import Part
 
 FORWARD_TOKENS = 4096
+POSITIONS = 2000
+"""At most so many positions are scored."""
 
 
 class Difference(Part):
@@ -53,7 +55,7 @@ class Probes:
     features: Sequence[Features]
     head: Head
     origin: str
-    positions: int = 2000
+    positions: int = POSITIONS
     metrics: Callable[[nn.Module], dict[str, tuple[float, int]]] | None = None
 
 

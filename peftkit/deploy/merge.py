@@ -26,7 +26,7 @@ from peftkit.deploy.adapter import (
     read_source,
     touched_modules,
 )
-from peftkit.deploy.answers import Difference, Probes, Reference, difference, take_reference
+from peftkit.deploy.answers import POSITIONS, Difference, Probes, Reference, difference, take_reference
 from peftkit.deploy.model_card import render_card
 from peftkit.deploy.rounding import dequantize, round_parameters, snapshot, to_float32
 from peftkit.deploy.verify import Verification, fingerprints, verify
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.dims import Dims
     from peftkit.backbones.load import Backbone
+    from peftkit.data.table import Table
 
 REPORT_NAME = "merge_report.json"
 REJECTED_SUFFIX = ".rejected"
@@ -316,14 +317,23 @@ def _probes(source: Source, backbone: Backbone, max_examples: int) -> Probes:
     recipe = source.recipe
     splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
     task = open_task(recipe.task, source.head)
-    name = "validation" if splits.validation else "test" if splits.test else "train"
-    asked = splits.validation or splits.test or splits.train
-    longest = recipe.training.max_tokens
-    features = task.encode(asked, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=longest).features
+
+    def encode(table: Table) -> list[Any]:
+        longest = recipe.training.max_tokens
+        return task.encode(table, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=longest).features
+
+    held_out = {"validation": splits.validation, "test": splits.test}
+    named = held_out if any(held_out.values()) else {"train": splits.train}
+    features: list[Any] = []
+    used: list[str] = []
+    for name, table in named.items():
+        if table is not None and sum(feature.loss_units for feature in features) < POSITIONS:
+            features += encode(table)
+            used.append(name)
+    origin = f"the {' and '.join(used)} split{'s'[: len(used) != 1]}"
     if splits.test is None:
-        return Probes(features, source.head, f"the {name} split")
-    encoded = task.encode(splits.test, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=longest)
-    tested = encoded.features[:max_examples]
+        return Probes(features, source.head, origin)
+    tested = encode(splits.test)[:max_examples]
     pad_id = int(backbone.tokenizer.pad_token_id or 0)
 
     def metrics(model: torch.nn.Module) -> dict[str, tuple[float, int]]:
@@ -334,7 +344,7 @@ def _probes(source: Source, backbone: Backbone, max_examples: int) -> Probes:
         predictions = [row for batch in batches for row in task.predict(model, collate(batch, pad_id).to(device))]
         return {name: (score.value, score.n) for name, score in task.metrics(predictions, intervals=False).items()}
 
-    return Probes(features, source.head, f"the {name} split", metrics=metrics)
+    return Probes(features, source.head, origin, metrics=metrics)
 
 
 def _text_features(backbone: Backbone) -> list[Any]:

@@ -447,8 +447,8 @@ def test_a_run_is_proven_on_its_own_validation_split_and_scored_on_its_test_spli
     report = merge(tmp_path / "run", tmp_path / "out", max_examples=15)
     assert report.recipe_digest == recipe.digest
     assert report.method == "lora"
-    assert report.verification.prompts == "the validation split"
-    assert report.verification.difference.positions == 20 * 3  # two digits and the stop token of 41 to 60
+    assert report.verification.prompts == "the validation and test splits"
+    assert report.verification.difference.positions == 2 * 20 * 3  # two digits and the stop token of 41 to 60
     pair = report.verification.metrics["perplexity"]
     assert pair.n == 15
     assert pair.merged == pytest.approx(pair.adapter, rel=1e-5)
