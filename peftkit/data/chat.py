@@ -129,9 +129,9 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
     return _render(_with_system(messages, system), tokenizer, generation=True)
 
 
-def stop_token_carries_loss(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> bool:
+def stop_token_carries_loss(target: npt.NDArray[np.int32], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the last token with loss ends a turn: eos, or a token added to the vocabulary, such as `<|eot_id|>`."""
-    learned = encoded.target[encoded.target != IGNORED]
+    learned = target[target != IGNORED]
     return learned.size > 0 and int(learned[-1]) in _stops(tokenizer)[1]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftkit.data.batching import Batch
+from peftkit.data.chat import stop_token_carries_loss
 from peftkit.data.features import IGNORED, Features
 from peftkit.stats import bootstrap_scores
 from peftkit.tasks.base import Prediction, Score
@@ -30,11 +31,10 @@ class LanguageTask:
     lower_is_better = frozenset({"perplexity", "loss"})
 
     def inspect(self, features: Sequence[Features], tokenizer: Any) -> list[str]:
-        stop = tokenizer.eos_token_id
-        if stop is None or any(stop in np.asarray(feature.target)[1:] for feature in features):
+        if any(stop_token_carries_loss(np.asarray(feature.target), tokenizer) for feature in features):
             return []
         return [
-            f"the stop token {tokenizer.eos_token!r} never carries loss, so the model will not learn to stop. "
+            f"a stop token such as {tokenizer.eos_token!r} never carries loss, so the model will not learn to stop. "
             "Raise training.max_tokens, or give task.template a template that ends each answer with it."
         ]
 

@@ -116,7 +116,7 @@ def test_every_assistant_turn_carries_loss_with_its_stop_token_and_no_other(smol
     assert smollm.pad_token_id == smollm.eos_token_id  # the case in which a mask by pad token loses the stop token
     encoded = encode(DIALOGUE, smollm)
     assert loss_runs(encoded, smollm) == ["a<|im_end|>", "Yes é😀!<|im_end|>"]
-    assert stop_token_carries_loss(encoded, smollm)
+    assert stop_token_carries_loss(encoded.target, smollm)
 
 
 def test_tokens_are_those_of_the_template_tokenized_whole(smollm: Any) -> None:
@@ -159,7 +159,7 @@ def test_bos_template_gives_one_bos_and_learns_its_own_stop_token(smollm: Any) -
     encoded = encode(padded, tokenizer)
     assert encoded.input_ids.tolist().count(tokenizer.bos_token_id) == 1
     assert loss_runs(encoded, tokenizer) == ["a<|eot_id|>", "Yes é😀!<|eot_id|>"]
-    assert stop_token_carries_loss(encoded, tokenizer)
+    assert stop_token_carries_loss(encoded.target, tokenizer)
 
 
 def test_doubled_bos_is_a_fault(smollm: Any) -> None:
@@ -214,7 +214,7 @@ def test_template_without_stop_token_is_told_apart(smollm: Any) -> None:
     )
     tokenizer = with_template(smollm, template)
     encoded = encode(DIALOGUE, tokenizer)
-    assert not stop_token_carries_loss(encoded, tokenizer)
+    assert not stop_token_carries_loss(encoded.target, tokenizer)
     # " a" straddles the border between prompt and answer: it carries the answer's character, so it carries loss
     assert loss_runs(encoded, tokenizer) == [" a\n", " Yes é😀!\n"]
 
@@ -226,7 +226,7 @@ def test_truncation_is_reported_and_told_from_truncation_that_loses_the_answer(s
     stop_lost = encode(DIALOGUE, smollm, max_tokens=length - 2)
     assert (newline_lost.truncated, newline_lost.answer_cut) == (True, False)
     assert (stop_lost.truncated, stop_lost.answer_cut) == (True, True)
-    assert not stop_token_carries_loss(stop_lost, smollm)
+    assert not stop_token_carries_loss(stop_lost.target, smollm)
     assert stop_lost.input_ids.tolist() == whole.input_ids.tolist()[: length - 2]
 
 
@@ -262,7 +262,7 @@ def test_completion_and_eos_carry_loss_and_the_prompt_does_not(smollm: Any) -> N
     encoded = encode_completion("Two plus two", " is four", smollm, separator=":", max_tokens=100)
     assert smollm.decode(encoded.input_ids.tolist()) == "Two plus two: is four<|im_end|>"
     assert loss_runs(encoded, smollm) == [" is four<|im_end|>"]
-    assert stop_token_carries_loss(encoded, smollm)
+    assert stop_token_carries_loss(encoded.target, smollm)
 
 
 def test_plain_text_learns_every_token_and_takes_no_separator(smollm: Any) -> None:

@@ -91,7 +91,7 @@ def test_few_shot_scores_the_same_tokens_as_zero_shot(chat_recipe: Any) -> None:
 def test_a_stop_token_that_never_carries_loss_is_told(chat_recipe: Any) -> None:
     ready, _ = ready_with(chat_recipe())
     tokenizer = ready.backbone.tokenizer
-    endless = Features(np.array([5, 6, 7], np.int32), np.array([IGNORED, 6, 7], np.int32), 2, 0)
+    endless = Features(np.array([900, 901, 902], np.int32), np.array([IGNORED, 901, 902], np.int32), 2, 0)
     assert "never carries loss" in ready.task.inspect([endless], tokenizer)[0]
     recipe = chat_recipe()
     table = ready.splits.train
