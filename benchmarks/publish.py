@@ -1,18 +1,22 @@
 """Take a finished benchmark into the repository: `python benchmarks/publish.py [runs/demo ...]`.
 
 Copies its table, plot and numbers to benchmarks/results/NAME, then writes benchmarks/RESULTS.md and the README's table
-from what lies there. `--check` writes nothing and exits 1 when either is stale.
+from what lies there: suites by their report, scripts (`vs_trl.py` and the like) by the JSON files that they left.
+`--check` writes nothing and exits 1 when either is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from peftkit.files import write_text
+from peftkit.report.tables import escape_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,7 +60,9 @@ def publish(run: Path) -> None:
 
 def documents() -> dict[Path, str]:
     """The generated documents: path -> text."""
-    sections = [section(folder) for folder in sorted(RESULTS.iterdir()) if (folder / "report.md").is_file()]
+    folders = sorted(RESULTS.iterdir())
+    sections = [section(folder) for folder in folders if (folder / "report.md").is_file()]
+    sections += [measured_section(folder) for folder in folders if [*folder.glob("*.json")]]
     readme = ROOT / "README.md"
     return {
         ROOT / "benchmarks" / "RESULTS.md": "\n".join([HEADER, *sections]),
@@ -73,6 +79,36 @@ def section(folder: Path) -> str:
     text = re.sub(r"\]\((scatter\.png|results\.csv)\)", rf"](results/{folder.name}/\1)", text)
     command = f"peftkit bench benchmarks/{folder.name.replace('-', '_')}.yaml --out runs/{folder.name}"
     return re.sub(r"```\npeftkit bench .*?\n```", f"```\n{command}\n```", text, flags=re.DOTALL)
+
+
+def measured_section(folder: Path) -> str:
+    """What a script measured: its files' rows, those of the same note and columns in one table, and how to repeat it.
+
+    A file has `note`, `command`, `rows` (texts by column) and `environment`.
+    """
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    tables: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for document in documents:
+        tables.setdefault((document["note"], *document["rows"][0]), []).extend(document["rows"])
+    parts = [f"## {folder.name}"]
+    for (note, *columns), rows in tables.items():
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([*row.values()] for row in rows)]
+        parts += [note, "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)]
+    parts += ["### How to reproduce", "```\n" + "\n".join(document["command"] for document in documents) + "\n```"]
+    return "\n\n".join([*parts, environment_table(documents)]) + "\n"
+
+
+def environment_table(documents: list[dict[str, Any]]) -> str:
+    """The machines and versions of the documents, one line each; values that differ stand side by side."""
+    seen: dict[str, list[str]] = {}
+    for document in documents:
+        flat = document["environment"] | {
+            "packages": ", ".join(map(" ".join, document["environment"]["packages"].items()))
+        }
+        for name, value in flat.items():
+            seen.setdefault(name, []).append(str(value))
+    lines = ["| environment | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {'; '.join(dict.fromkeys(values))} |" for name, values in seen.items())])
 
 
 def demo_table() -> str:

@@ -135,6 +135,11 @@ def _start(recipe: Recipe, out: Path, options: argparse.Namespace) -> RunRecord:
     return train(recipe, out, resume=options.resume, observer=PlainObserver())
 
 
+def _tell(text: str) -> None:
+    """A line about work under way: on standard error, so that the answer alone is on standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _eval(options: argparse.Namespace) -> None:
     from peftkit.recipe import load_recipe
     from peftkit.run import evaluate
@@ -166,7 +171,7 @@ def _merge(options: argparse.Namespace) -> None:
     from peftkit.deploy.merge import merge
     from peftkit.deploy.model_card import summarise
 
-    report = merge(options.reference, options.out, base=options.base, onto=options.onto)
+    report = merge(options.reference, options.out, base=options.base, onto=options.onto, say=_tell)
     if options.json:
         print(json.dumps(report.model_dump(mode="json", exclude_none=True)))
     else:
@@ -182,7 +187,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     suite = load_suite(options.suite, options.overrides)
     out = options.out or Path("runs") / f"bench-{suite.name}"
-    results = run_suite(suite, out, report_progress=lambda text: print(text, file=sys.stderr, flush=True))
+    results = run_suite(suite, out, report_progress=_tell)
     if options.json:
         print(json.dumps({"out": str(out), "cells": {str(r.folder): r.status for r in results}}))
     else:

@@ -22,6 +22,7 @@ from pydantic import (
 from peftkit.backbones.spec import BackboneSpec
 from peftkit.data.spec import DataSpec
 from peftkit.errors import InputError, RecipeError, nearest
+from peftkit.kernels.spec import Kernels
 from peftkit.methods import ALIASES, AnyMethod
 from peftkit.spec import Section
 from peftkit.tasks.spec import AnyTask, Chat
@@ -53,6 +54,16 @@ class Training(Section):
     checkpointing: Literal["auto", "off", "all"] | PositiveInt = Field(
         "auto", description="Recompute activations in the backward pass: of no layer, all, or so many"
     )
+    offload_activations: bool = Field(False, description="Keep activations for the backward pass in the host's memory")
+    optimizer_in_backward: bool = Field(
+        False,
+        description="Update each weight as soon as its gradient is whole, and keep no gradients; needs clip: null",
+    )
+    activation_cache: bool = Field(
+        False, description="Run frozen lower layers once per example and keep their output on disk for later epochs"
+    )
+    compile: bool = Field(False, description="Compile the repeated block with torch.compile; pays on long runs")
+    kernels: Kernels = Kernels()
     checkpoint_every: PositiveInt = Field(200, description="Steps between checkpoints on disk")
     log_every: PositiveInt = Field(10, description="Steps between lines of log.jsonl")
 
@@ -97,6 +108,11 @@ class Recipe(Section):
             raise ValueError(
                 f"training.checkpointing={self.training.checkpointing} does not work with method {self.method.kind!r}: "
                 "the recomputed layers would not see what it trains. Set training.checkpointing=off"
+            )
+        if self.training.optimizer_in_backward and self.training.clip is not None:
+            raise ValueError(
+                "training.optimizer_in_backward updates weights before the norm of the whole gradient is known, so it "
+                "cannot be clipped. Set training.clip=null"
             )
         changed = [name for name, value in self.training if value != getattr(Training(), name) and name != "max_tokens"]
         if self.method.shots is not None and changed:

@@ -35,6 +35,7 @@ from peftkit.record import (
 )
 from peftkit.tasks import SHAPES, open_task, read_head
 from peftkit.tasks.base import FeatureSet, Prediction, Score, Task
+from peftkit.train.fastpath import FastPath
 from peftkit.train.loop import Fitted, Loop, Observer
 from peftkit.train.progress import PlainObserver
 from peftkit.train.scoring import mean_loss, predict
@@ -213,11 +214,19 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
     prepared = prepare(recipe, observer, device=accelerator.device)
     backbone, adapted = prepared.backbone, prepared.adapted
     fitted: Fitted | None = None
+    fast = FastPath(pad_id=_pad_id(backbone))
     if recipe.method.shots is None:
-        fitted = _fit(recipe, prepared, out, resume=resume, observer=observer, accelerator=accelerator)
+        fast = FastPath.open(
+            adapted.model,
+            recipe.training.kernels,
+            attention=recipe.backbone.attention,
+            pad_id=_pad_id(backbone),
+            say=observer.say,
+        )
+        fitted = _fit(recipe, prepared, out, fast=fast, resume=resume, observer=observer, accelerator=accelerator)
         _save_artifact(adapted, backbone, out)
-    validation = _score(recipe, prepared, "validation", observer)
-    test = _score(recipe, prepared, "test", observer)
+    validation = _score(recipe, prepared, "validation", observer, fast=fast)
+    test = _score(recipe, prepared, "test", observer, fast=fast)
     if test is not None:
         write_json_lines(out / PREDICTIONS_NAME, test[0])
     accelerator.end_training()
@@ -247,7 +256,14 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
 
 
 def _fit(
-    recipe: Recipe, prepared: Prepared, out: Path, *, resume: bool, observer: Observer, accelerator: Accelerator
+    recipe: Recipe,
+    prepared: Prepared,
+    out: Path,
+    *,
+    fast: FastPath,
+    resume: bool,
+    observer: Observer,
+    accelerator: Accelerator,
 ) -> Fitted:
     expected = recipe.method.trainable_params(prepared.backbone.dims)
     trainable = sum(parameter.numel() for parameter in prepared.adapted.trainable().values())
@@ -264,7 +280,7 @@ def _fit(
         recipe.evaluation,
         train=features,
         validation=_encode(recipe, prepared, held_out, "validation", observer).features if held_out else None,
-        pad_id=_pad_id(prepared.backbone),
+        fast=fast,
         seed=recipe.seed,
         folder=out,
         accelerator=accelerator,
@@ -289,7 +305,7 @@ def _encode(recipe: Recipe, prepared: Prepared, table: Table, split: str, observ
 
 
 def _score(
-    recipe: Recipe, prepared: Prepared, split: Literal["validation", "test"], observer: Observer
+    recipe: Recipe, prepared: Prepared, split: Literal["validation", "test"], observer: Observer, *, fast: FastPath
 ) -> tuple[list[Prediction], dict[str, Metric], float | None] | None:
     """Predictions, metrics with intervals, and mean loss on a split; None without the split."""
     table = prepared.splits.validation if split == "validation" else prepared.splits.test
@@ -310,7 +326,12 @@ def _score(
     if isinstance(scored, list):
         return scored, _as_metrics(task.metrics(scored, intervals=True)), None
     found = predict(
-        prepared.adapted, task, scored.features, pad_id=_pad_id(backbone), max_tokens=recipe.evaluation.batch_tokens
+        prepared.adapted,
+        task,
+        scored.features,
+        pad_id=_pad_id(backbone),
+        max_tokens=recipe.evaluation.batch_tokens,
+        fast=fast,
     )
     return found, _as_metrics(task.metrics(found, intervals=True)), mean_loss(found, scored.features)
 

@@ -252,6 +252,17 @@ def _restore_head(model: Any, folder: str, dims: Dims, missing: list[str]) -> No
         with safe_open(path, framework="pt") as file:
             for name in wanted & set(file.keys()):
                 model.get_parameter(name).data = file.get_tensor(name).to(model.device)
+    for name in dims.head_modules if wanted else ():
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(match_input_dtype)
+
+
+def match_input_dtype(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook of linear layers wider than the body around them: takes inputs of any float dtype."""
+    if torch.is_autocast_enabled(args[0].device.type):
+        return args
+    return (args[0].to(module.weight.dtype), *args[1:])  # type: ignore[arg-type]
 
 
 def _reference(spec: BackboneSpec) -> dict[str, Any]:

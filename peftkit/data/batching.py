@@ -1,4 +1,4 @@
-"""Examples -> optimizer steps -> micro-batches of like lengths.
+"""Examples -> optimizer steps -> forwards: end to end without padding, or padded with others of like lengths.
 
 Which examples an optimizer step sees depends on the recipe alone (seed, epoch, batch size); how a step is cut into
 forwards depends on the budget, and never changes the step's loss.
@@ -6,7 +6,8 @@ forwards depends on the budget, and never changes the step's loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftkit.data.features import IGNORED, Features
+from peftkit.kernels.segments import Segments
 
 FORWARD_OVERHEAD_TOKENS = 128
 """What one more forward costs, in padded tokens: a step is cut where it saves more padding than that."""
@@ -23,16 +25,17 @@ FORWARD_OVERHEAD_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward's worth of examples, right-padded. B examples, T the longest.
+    """One forward's worth of examples, right-padded or packed. B examples, T the longest, N tokens in all.
 
     Attributes:
-        input_ids: [B, T].
+        input_ids: [B, T]; packed: [1, N], the examples end to end.
         attention_mask: [B, T] of 0 and 1, or None when nothing is padded.
-        token_type_ids: [B, T] or None.
-        target: [B, T] token ids with `IGNORED` (token tasks), or [B] / [B, num_labels] (sequence tasks).
+        token_type_ids: shaped as `input_ids`, or None.
+        target: token ids shaped as `input_ids` with `IGNORED` (token tasks), or [B] / [B, num_labels] (sequence tasks).
         lengths: [B] tokens of each example without padding.
         loss_units: the sum of the examples' loss units.
         rows: the examples' indices in their table.
+        segments: packed: where each example lies; None when padded.
     """
 
     input_ids: Tensor
@@ -42,6 +45,12 @@ class Batch:
     lengths: Tensor
     loss_units: int
     rows: tuple[int, ...]
+    segments: Segments | None = None
+
+    @property
+    def cu_lengths(self) -> Tensor | None:
+        """[B + 1] where each packed example starts, and the end; None when padded."""
+        return None if self.segments is None else self.segments.bounds
 
     def inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of the model's forward."""
@@ -66,6 +75,7 @@ class Batch:
             self.lengths.to(device, non_blocking=True),
             self.loss_units,
             self.rows,
+            None if self.segments is None else self.segments.to(device),
         )
 
 
@@ -92,10 +102,39 @@ def collate(features: Sequence[Features], pad_id: int) -> Batch:
     )
 
 
-def _targets(features: Sequence[Features], padded: object) -> Tensor:
+def pack(features: Sequence[Features]) -> Batch:
+    """Lay examples end to end. No example's first token is a target: nothing of its own comes before it."""
+    segments = Segments.of([len(feature) for feature in features])
+
+    def joined(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))[None]
+
+    types = [feature.token_type_ids for feature in features]
+    target = _targets(features, lambda arrays, fill: joined(arrays))
+    if _has_token_targets(features):
+        target[0, segments.starts()] = IGNORED
+    return Batch(
+        input_ids=joined([feature.input_ids for feature in features]),
+        attention_mask=None,
+        token_type_ids=joined([t for t in types if t is not None]) if all(t is not None for t in types) else None,
+        target=target,
+        lengths=torch.tensor(segments.lengths),
+        loss_units=sum(feature.loss_units for feature in features),
+        rows=tuple(feature.row for feature in features),
+        segments=segments,
+    )
+
+
+def _has_token_targets(features: Sequence[Features]) -> bool:
     first = features[0].target
-    if isinstance(first, np.ndarray) and first.dtype == np.int32:
-        return padded([feature.target for feature in features], IGNORED)  # type: ignore[operator,no-any-return]
+    return isinstance(first, np.ndarray) and first.dtype == np.int32
+
+
+def _targets(
+    features: Sequence[Features], laid_out: Callable[[Sequence[npt.NDArray[np.int32]], int], Tensor]
+) -> Tensor:
+    if _has_token_targets(features):
+        return laid_out([np.asarray(feature.target) for feature in features], IGNORED)
     return torch.from_numpy(np.array([feature.target for feature in features]))
 
 
@@ -103,6 +142,29 @@ def step_order(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> 
     """The examples of each optimizer step of one epoch: a seeded permutation, cut every `batch_size`."""
     order = np.random.default_rng((seed, epoch)).permutation(num_examples)
     return [order[start : start + batch_size] for start in range(0, num_examples, batch_size)]
+
+
+def packs(
+    features: Sequence[Features], *, max_examples: int | None = None, max_tokens: int | None = None
+) -> Iterator[list[Features]]:
+    """Cut one step into forwards without padding: few, of about the same size, neighbours alike in length.
+
+    Args:
+        max_examples: most examples of one forward.
+        max_tokens: most tokens of one forward; an example longer than that goes alone.
+    """
+    total = sum(len(feature) for feature in features)
+    budget = max_tokens or total
+    share = total / math.ceil(total / budget)
+    group: list[Features] = []
+    size = 0
+    for feature in sorted(features, key=lambda feature: (-len(feature), feature.row)):
+        if group and (size >= share or size + len(feature) > budget or len(group) == max_examples):
+            yield group
+            group, size = [], 0
+        group.append(feature)
+        size += len(feature)
+    yield group
 
 
 def micro_batches(

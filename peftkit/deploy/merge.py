@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +120,7 @@ def merge(
     base: str | None = None,
     onto: Onto = "dequantized",
     max_examples: int = 200,
+    say: Callable[[str], None] = lambda text: None,
 ) -> MergeReport:
     """Merge the adapter of a run, or a bare PEFT adapter, into the folder `out`; prove it, and return the report.
 
@@ -129,6 +131,7 @@ def merge(
         base: the base's name, where the adapter doesn't know it or it has moved.
         onto: for a quantized base, the weights to fold onto: those the adapter was trained on, or the original ones.
         max_examples: test examples that the task's metrics are measured on, for adapter and merged model.
+        say: told what is being done: a large model takes minutes.
 
     Raises:
         InputError: a folder that is no adapter, a method that can't be folded, a wrong base, an output that is in use.
@@ -143,15 +146,19 @@ def merge(
     if done is not None:
         return done
     dims = _require_room(out, source)
+    say(f"asking {source.spec.name} with the adapter, then folding it")
     recognised, merged = _fold_source(source, dims, onto, max_examples)
     rejected = out.with_name(out.name + REJECTED_SUFFIX)
     with staged_folder(out) as staging:
+        say(f"writing {format_bytes(dims.num_params * merged.dtype.itemsize)}")
         num_bytes = _write_model(merged, source, staging)
+        say("asking the merged model from the files just written")
         verdict, model = verify(
             merged.reference, staging, spec=source.spec, dims=dims, before=merged.before, touched=merged.touched
         )
         report = _report(str(run_or_adapter), source, merged, verdict, onto, recognised=recognised, num_bytes=num_bytes)
         if report.onto is not None:
+            say("measuring the fold onto each kind of weights")
             report = report.model_copy(update={"weights": _weigh(source, merged, model, onto)})
         report = report.model_copy(update={"wall_seconds": time.perf_counter() - started})
         if not verdict.passed:

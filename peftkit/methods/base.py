@@ -28,11 +28,13 @@ class Adapted:
         model: what the loop calls; a `PeftModel`, or the backbone's own model.
         artifact: what `save` writes: a PEFT adapter, a whole model, or nothing.
         autocast: dtype to compute in while the weights themselves are wider; None computes in the weights' own.
+        rounding: how bfloat16 weights that train take updates finer than they hold; None where they train in float32.
     """
 
     model: torch.nn.Module
     artifact: Literal["adapter", "model", "none"]
     autocast: torch.dtype | None = None
+    rounding: Literal["stochastic", "kahan"] | None = None
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name."""
@@ -123,6 +125,8 @@ def raise_trainable_to_float32(model: torch.nn.Module) -> None:
     """Hold every trainable parameter in float32; modules around them take inputs of any float dtype."""
     import torch
 
+    from peftkit.backbones.load import match_input_dtype
+
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if not any(parameter.requires_grad for parameter in own):
@@ -131,12 +135,4 @@ def raise_trainable_to_float32(model: torch.nn.Module) -> None:
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(_match_input_dtype)
-
-
-def _match_input_dtype(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    import torch
-
-    if torch.is_autocast_enabled(args[0].device.type):
-        return args
-    return (args[0].to(module.weight.dtype), *args[1:])  # type: ignore[arg-type]
+            module.register_forward_pre_hook(match_input_dtype)

@@ -69,8 +69,12 @@ class Task(Protocol):
         """Warnings about a training split that would teach something other than what is meant."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
-        """The summed loss over the batch's loss units, in float32, differentiable."""
+    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0, fused: bool = True) -> Tensor:
+        """The summed loss over the batch's loss units, in float32, differentiable.
+
+        Args:
+            fused: output layer and loss in one where the model allows it, without holding the logits; the same loss.
+        """
         ...
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:

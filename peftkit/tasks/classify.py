@@ -22,8 +22,10 @@ from peftkit.data.features import Features
 from peftkit.data.spec import DataSpec
 from peftkit.data.table import Row, Table
 from peftkit.errors import DataError, nearest
+from peftkit.kernels.packed import real_rows
 from peftkit.stats import bootstrap_counts, bootstrap_scores
 from peftkit.tasks.base import EncodedExample, FeatureSet, Prediction, Score, encode_table
+from peftkit.tasks.forward import logits_of
 from peftkit.tasks.metrics import (
     MultiLabelScores,
     RegressionScores,
@@ -92,7 +94,8 @@ class ClassifyTask:
         seen = {int(feature.target) for feature in features}
         return [f"label {name!r} has no training example" for i, name in enumerate(self.labels) if i not in seen]
 
-    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0, fused: bool = True) -> Tensor:
+        """`fused` changes nothing: a few classes are no vocabulary, so the logits are small."""
         return self._losses(self._logits(model, batch), batch.target, smoothing).sum()
 
     @torch.no_grad()
@@ -164,15 +167,16 @@ class ClassifyTask:
         """Logits [B, C] in float32. A causal backbone's are those at each example's last real token, wherever virtual
         tokens and padding put it; transformers alone would take the last position when it is fed embeddings."""
         if not _pools_last_token(model):
-            logits: Tensor = model(**batch.inputs()).logits
-            return logits.float()
+            return logits_of(model, batch).float()
         caught: list[Tensor] = []
         score = model.get_submodule(_score_path(model))
         handle = score.register_forward_hook(lambda module, args, output: caught.append(output))
         try:
-            model(**batch.inputs())
+            logits_of(model, batch)
         finally:
             handle.remove()
+        if batch.segments is not None:
+            return real_rows(caught[0], batch.segments.lengths)[0, batch.segments.ends()].float()
         offset = caught[0].shape[1] - batch.input_ids.shape[1]
         last_B = offset + batch.lengths - 1
         return caught[0][torch.arange(len(last_B)), last_B].float()

@@ -6,7 +6,8 @@ Shapes: B examples, T tokens, P virtual tokens, H hidden, N labelled positions, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from torch.nn import functional
 from peftkit.data.batching import Batch
 from peftkit.data.chat import stop_token_carries_loss
 from peftkit.data.features import IGNORED, Features
+from peftkit.kernels.loss import read_head
+from peftkit.kernels.packed import real_rows
 from peftkit.stats import bootstrap_scores
 from peftkit.tasks.base import Prediction, Score
+from peftkit.tasks.forward import logits_of
 
 
 class LanguageTask:
@@ -38,16 +42,24 @@ class LanguageTask:
             "Raise training.max_tokens, or give task.template a template that ends each answer with it."
         ]
 
-    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
-        logits_NV, target_N = labelled_logits(model, batch)
-        return functional.cross_entropy(logits_NV.float(), target_N, reduction="sum", label_smoothing=smoothing)
+    def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0, fused: bool = True) -> Tensor:
+        head = read_head(model) if fused else None
+        if head is None:
+            logits_NV, target_N = labelled_logits(model, batch)
+            return functional.cross_entropy(logits_NV.float(), target_N, reduction="sum", label_smoothing=smoothing)
+        hidden_NH, target_N = labelled_hidden(model, batch, head.output)
+        return head.loss(hidden_NH, target_N, smoothing=smoothing)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        logits_NV, target_N = labelled_logits(model, batch)
-        loss_N = functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
-        correct_N = logits_NV.argmax(-1) == target_N
-        counts = (batch.target[:, 1:] != IGNORED).sum(1).tolist()
+        head = read_head(model)
+        if head is None:
+            logits_NV, target_N = labelled_logits(model, batch)
+            loss_N = functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
+            correct_N = logits_NV.argmax(-1) == target_N
+        else:
+            loss_N, correct_N = head.scores(*labelled_hidden(model, batch, head.output))
+        counts = _labelled_counts(batch)
         parts = zip(batch.rows, counts, torch.split(loss_N, counts), torch.split(correct_N, counts), strict=True)
         return [
             {"row": row, "loss": float(loss.sum()), "tokens": count, "correct": int(correct.sum())}
@@ -82,17 +94,68 @@ def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     The output embedding is fed only the hidden states [B, P + T, H] that predict a labelled token; P virtual tokens in
     front, which some methods add, are skipped.
     """
-    labelled_BT = batch.target[:, 1:] != IGNORED
-    length = batch.target.shape[1]
+    keep, target_N = _selection(batch)
 
     def keep_labelled(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BTH = args[0][:, args[0].shape[1] - length :]
-        return (hidden_BTH[:, :-1][labelled_BT], *args[1:])
+        return (keep(args[0]), *args[1:])
 
     output: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     handle = output.register_forward_pre_hook(keep_labelled)
     try:
-        logits_NV = model(**batch.inputs()).logits
+        logits_NV = logits_of(model, batch)
     finally:
         handle.remove()
-    return logits_NV, batch.target[:, 1:][labelled_BT]
+    return logits_NV, target_N
+
+
+def labelled_hidden(model: nn.Module, batch: Batch, output: nn.Module) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, H] that predict a labelled token, and targets [N]; the output layer does not run."""
+    keep, target_N = _selection(batch)
+    kept: list[Tensor] = []
+
+    def stash(hidden_BTH: Tensor) -> Tensor:
+        kept.append(keep(hidden_BTH))
+        return hidden_BTH.new_empty((*hidden_BTH.shape[:-1], 0))
+
+    with _forward_replaced(output, stash):
+        logits_of(model, batch)
+    (hidden_NH,) = kept
+    return hidden_NH, target_N
+
+
+def _selection(batch: Batch) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What keeps, of hidden states [B, P + T, H], those [N, H] before a labelled token; and the labels [N]."""
+    labelled_BT = batch.target[:, 1:] != IGNORED
+    # sized beforehand: asking the device how many there are would make the host wait for it
+    row_N, position_N = torch.nonzero_static(labelled_BT, size=batch.loss_units).unbind(1)
+
+    def keep(hidden_BTH: Tensor) -> Tensor:
+        if batch.segments is not None:
+            hidden_BTH = real_rows(hidden_BTH, batch.segments.lengths)
+        virtual = hidden_BTH.shape[1] - batch.target.shape[1]
+        return hidden_BTH[row_N, virtual + position_N]
+
+    return keep, batch.target[row_N, position_N + 1]
+
+
+def _labelled_counts(batch: Batch) -> list[int]:
+    """Labelled tokens of each example."""
+    labelled_BT = batch.target[:, 1:] != IGNORED
+    if batch.cu_lengths is None:
+        counts: list[int] = labelled_BT.sum(1).tolist()
+    else:
+        before = functional.pad(labelled_BT[0].cumsum(0), (2, 0))  # labelled tokens before each one, and in all
+        counts = before[batch.cu_lengths.long()].diff().tolist()
+    return counts
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from peftkit.files import staged_folder
+from peftkit.train.optimizers import Updates
 
 KEPT = 2
 """Checkpoints that stay on disk; older ones are removed once a newer one is whole."""
@@ -24,23 +25,21 @@ STATE = "state.pt"
 
 
 def save_checkpoint(
-    folder: Path, step: int, trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: Any
+    folder: Path, step: int, trainable: Mapping[str, torch.nn.Parameter], updates: Updates, state: Any
 ) -> None:
     """Write the checkpoint of a step, then remove the oldest beyond `KEPT`."""
     with staged_folder(folder / f"step-{step:06d}") as staging:
         _write_tensors(staging, trainable)
-        torch.save({"optimizer": optimizer.state_dict(), "random": random_states(), "loop": state}, staging / STATE)
+        torch.save({"optimizer": updates.state_dict(), "random": random_states(), "loop": state}, staging / STATE)
     for old in list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(
-    checkpoint: Path, trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Any:
+def load_checkpoint(checkpoint: Path, trainable: Mapping[str, torch.nn.Parameter], updates: Updates) -> Any:
     """Put a checkpoint's weights, optimizer and random states in place; return the loop's own state."""
     restore_tensors(checkpoint, trainable)
     content = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(content["optimizer"])
+    updates.load_state_dict(content["optimizer"])
     restore_random_states(content["random"])
     return content["loop"]
 

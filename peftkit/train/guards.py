@@ -22,9 +22,9 @@ class MovementGuard:
         self._before = {name: _fingerprint(parameter) for name, parameter in trainable.items()}
         self._without_gradient: set[str] = set(trainable)
 
-    def see_gradients(self) -> None:
-        """Call between the backward pass and the optimizer's step."""
-        self._without_gradient -= {name for name, p in self._trainable.items() if p.grad is not None}
+    def see_gradients(self, received: set[str]) -> None:
+        """Take note of the parameters that had a gradient in a step."""
+        self._without_gradient -= received
 
     def judge(self) -> dict[str, Any]:
         """What was found, once `SETTLED_STEPS` are done.

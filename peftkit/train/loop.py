@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from peftkit.data.batching import collate, micro_batches, step_order
+from peftkit.data.batching import Batch, step_order
 from peftkit.data.features import Features
 from peftkit.errors import InputError, OutOfMemory
 from peftkit.files import append_json_line, write_json_lines
@@ -22,14 +23,17 @@ from peftkit.recipe import Evaluation, Training
 from peftkit.record import Loss
 from peftkit.tasks.base import Score, Task
 from peftkit.train import checkpoint
-from peftkit.train.activations import set_checkpointing
+from peftkit.train.activation_cache import ActivationCache, cache_activations, replaying
+from peftkit.train.activations import open_offload, set_checkpointing
+from peftkit.train.compiled import compile_blocks
+from peftkit.train.fastpath import FastPath
 from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
 from peftkit.train.meter import Meter
-from peftkit.train.optimizers import build_optimizer, learning_rate
+from peftkit.train.optimizers import learning_rate, open_updates
 from peftkit.train.scoring import computing, mean_loss, predict
 
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Padded tokens of one forward with `micro_batch: auto`."""
+"""Tokens of one forward, padding included, with `micro_batch: auto`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class Loop:
         *,
         train: Sequence[Features],
         validation: Sequence[Features] | None,
-        pad_id: int,
+        fast: FastPath,
         seed: int,
         folder: Path,
         accelerator: Accelerator,
@@ -106,18 +110,22 @@ class Loop:
         if accelerator.num_processes > 1:
             raise InputError("this version trains on one device. Start it without `accelerate launch`.")
         self.adapted, self.task, self.training, self.evaluation = adapted, task, training, evaluation
-        self.train, self.validation, self.pad_id, self.seed = train, validation, pad_id, seed
+        self.train, self.validation, self.fast, self.seed = train, validation, fast, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
         self.selection = self._selection()
         self.trainable = adapted.trainable()
         self.steps_per_epoch = math.ceil(len(train) / training.batch_size)
         self.total_steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
         self.device = accelerator.device
-        self.optimizer = build_optimizer(self.trainable.values(), training)
+        self.updates = open_updates(self.trainable, training, adapted.rounding)
         self.meter = Meter(self.device)
         self.state = LoopState()
         self._order: tuple[int, list[npt.NDArray[Any]]] = (-1, [])
         set_checkpointing(adapted.model, training.checkpointing)
+        self.saving = open_offload(adapted.model, self.device) if training.offload_activations else nullcontext()
+        self.caches = self._open_caches() if training.activation_cache else (None, None)
+        if training.compile:
+            compile_blocks(adapted.model, first=self.caches[0].plan.index if self.caches[0] else 0)
 
     def fit(self, *, resume: bool = False) -> Fitted:
         """Train to the end, from the newest checkpoint when `resume` and there is one.
@@ -155,38 +163,57 @@ class Loop:
         state, examples = self.state, self._examples(self.state.step)
         units = sum(example.loss_units for example in examples)
         rate = learning_rate(self.training, state.step, self.total_steps)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+        self.updates.set_rate(rate)
         self.adapted.model.train()
         with self.meter.step():
             total = torch.zeros((), device=self.device)
-            for group in self._cut(examples):
-                batch = collate(group, self.pad_id).to(self.device)
-                with computing(self.adapted, self.device):
-                    loss = self.task.loss(self.adapted.model, batch, smoothing=self.training.label_smoothing)
-                self.accelerator.backward(loss / units)
-                total += loss.detach()
+            batches = list(self._batches(examples))
+            for number, batch in enumerate(batches, start=1):
+                if number == len(batches):
+                    self.updates.begin_last_micro_batch()
+                total += self._backward(batch.to(self.device), units)
                 self.meter.count(
-                    samples=len(group),
-                    tokens=sum(len(example) for example in group),
+                    samples=len(batch.rows),
+                    tokens=int(batch.lengths.sum()),
                     padded_tokens=batch.input_ids.numel(),
                     loss_tokens=batch.loss_units,
                 )
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+            norm = self.updates.gradient_norm()
             mean, gradient_norm = float(total) / units, float(norm)
             require_finite(mean, gradient_norm, state.step + 1)
-            if self.training.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.trainable.values(), self.training.clip, norm)
             if guard is not None:
-                guard.see_gradients()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+                guard.see_gradients(self.updates.received())
+            self.updates.finish()
         state.step += 1
         state.first_loss = mean if state.first_loss is None else state.first_loss
         state.last_loss = mean
         state.loss_sum += mean * units
         state.loss_units += units
         self._report(mean, gradient_norm, rate)
+
+    def _backward(self, batch: Batch, units: int) -> torch.Tensor:
+        """The batch's summed loss; its gradient, as a part of the step's mean, is added to the parameters'."""
+        with self.fast.active():
+            with computing(self.adapted, self.device), replaying(self.caches[0], batch), self.saving:
+                loss = self.task.loss(
+                    self.adapted.model, batch, smoothing=self.training.label_smoothing, fused=self.fast.fused_loss
+                )
+            self.accelerator.backward(loss / units)
+        return loss.detach()
+
+    def _open_caches(self) -> tuple[ActivationCache, ActivationCache | None]:
+        """Caches of the frozen layers' output: of the training split, and of the one to validate on."""
+        splits = [self.train] if self.validation is None else [self.train, self.validation]
+        with computing(self.adapted, self.device):
+            caches = cache_activations(
+                self.adapted.model,
+                splits,
+                pad_id=self.fast.pad_id,
+                max_tokens=AUTO_TOKENS.get(self.device.type, 8192),
+                settings=self.training.kernels.model_dump(),
+                say=self.observer.say,
+            )
+        return caches[0], caches[1] if len(caches) > 1 else None
 
     def _examples(self, step: int) -> list[Features]:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -195,14 +222,14 @@ class Loop:
             self._order = (epoch, order)
         return [self.train[position] for position in self._order[1][index]]
 
-    def _cut(self, examples: list[Features]) -> list[list[Features]]:
+    def _batches(self, examples: list[Features]) -> Iterator[Batch]:
         match self.training.micro_batch:
             case "auto":
-                return list(micro_batches(examples, max_tokens=AUTO_TOKENS.get(self.device.type, 8192)))
+                return self.fast.batches(examples, max_tokens=AUTO_TOKENS.get(self.device.type, 8192))
             case int(count):
-                return list(micro_batches(examples, max_examples=count))
+                return self.fast.batches(examples, max_examples=count)
             case budget:
-                return list(micro_batches(examples, max_tokens=int(budget.split()[0])))
+                return self.fast.batches(examples, max_tokens=int(budget.split()[0]))
 
     def _report(self, loss: float, gradient_norm: float, rate: float) -> None:
         state, recent = self.state, self.meter.step_seconds[-20:]
@@ -253,7 +280,13 @@ class Loop:
         assert self.validation is not None
         state = self.state
         found = predict(
-            self.adapted, self.task, self.validation, pad_id=self.pad_id, max_tokens=self.evaluation.batch_tokens
+            self.adapted,
+            self.task,
+            self.validation,
+            pad_id=self.fast.pad_id,
+            max_tokens=self.evaluation.batch_tokens,
+            fast=self.fast,
+            cache=self.caches[1],
         )
         loss, metrics = mean_loss(found, self.validation), self.task.metrics(found, intervals=False)
         require_finite(loss, 0.0, state.step)
@@ -283,14 +316,14 @@ class Loop:
     def _save(self) -> None:
         state = {"loop": {n: getattr(self.state, n) for n in LoopState.__slots__}, "meter": self.meter.state()}
         checkpoint.save_checkpoint(
-            self.folder / "checkpoints", self.state.step, self.trainable, self.optimizer, json.dumps(state)
+            self.folder / "checkpoints", self.state.step, self.trainable, self.updates, json.dumps(state)
         )
 
     def _resume(self) -> None:
         found = checkpoint.list_checkpoints(self.folder / "checkpoints")
         log = self.folder / "log.jsonl"
         if found:
-            state = json.loads(checkpoint.load_checkpoint(found[-1], self.trainable, self.optimizer))
+            state = json.loads(checkpoint.load_checkpoint(found[-1], self.trainable, self.updates))
             self.state = LoopState(**state["loop"])
             self.meter.restore(state["meter"])
             self.observer.say(f"resumed from step {self.state.step} of {self.total_steps}")

@@ -13,6 +13,7 @@ from peftkit.data.batching import collate
 from peftkit.errors import MethodError
 from peftkit.recipe import Recipe
 from peftkit.run import Prepared, open_run, prepare, train
+from peftkit.train.fastpath import FastPath
 from peftkit.train.loop import Loop
 from peftkit.train.progress import PlainObserver
 
@@ -89,7 +90,13 @@ def loop_of(ready: Prepared, recipe: Recipe, folder: Path) -> Loop:
         recipe.evaluation,
         train=features_of(ready, recipe),
         validation=None,
-        pad_id=ready.backbone.tokenizer.pad_token_id,
+        fast=FastPath.open(
+            ready.adapted.model,
+            recipe.training.kernels,
+            attention="auto",
+            pad_id=ready.backbone.tokenizer.pad_token_id,
+            say=PlainObserver().say,
+        ),
         seed=recipe.seed,
         folder=folder,
         accelerator=Accelerator(),
