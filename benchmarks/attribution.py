@@ -5,7 +5,7 @@ The first group that claims an operator has it:
 optimizer         inside `Optimizer.step`, or part of the gradient's norm and clipping
 base matmuls      a matrix product with the sizes of one of the backbone's linear layers, forward or backward
 head and loss     any other product with a side of the vocabulary's (or label set's) size; passes over logits; the loss
-adapter matmuls   any other product of which a side is a small multiple of the rank; the rest of a fused LoRA function
+adapters          any other product of which a side is a small multiple of the rank; the rest of a fused LoRA function
 attention         batched products, softmax, fused attention, and what runs inside a function named for attention
 dequantization    operators of bitsandbytes
 layers            norms, gates, activations, rotary positions, dropout, and element-wise sums and products elsewhere
@@ -33,7 +33,7 @@ INSIDE: dict[str, re.Pattern[str]] = {
     "head and loss": re.compile(r"(?i)cross_?entropy|nll_?loss|log_?softmax|logsumexp"),
     "attention": re.compile(r"(?i)attention|(?<!log_)softmax|^aten::(bmm|baddbmm)|_Products"),
     "dequantization": re.compile(r"bitsandbytes|dequantize"),
-    "adapter matmuls": re.compile(r"_LoraLinear"),
+    "adapters": re.compile(r"_LoraLinear"),
     "layers": re.compile(r"(?i)norm|_Gated|_Rotate|dropout"),
 }
 
@@ -61,7 +61,7 @@ class Sizes:
         if self.outputs in sides:
             return "head and loss"
         adapted = self.rank is not None and any(side in [n * self.rank for n in range(1, 5)] for side in sides)
-        return "adapter matmuls" if adapted else None
+        return "adapters" if adapted else None
 
 
 def group_of(event: Any, sizes: Sizes) -> str:

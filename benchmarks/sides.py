@@ -251,7 +251,7 @@ def train_with_trainer(trainer: Any, ground: Ground) -> Sample:
     import torch
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-    from peftkit.train.meter import Meter
+    from peftkit.train.meter import Meter, make_resident
 
     meter, clock = Meter(trainer.args.device), Clock()
 
@@ -274,6 +274,7 @@ def train_with_trainer(trainer: Any, ground: Ground) -> Sample:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch())
+    make_resident(trainer.model)
     clock.start()
     trainer.train()
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]

@@ -28,7 +28,7 @@ from peftkit.train.activations import open_offload, set_checkpointing
 from peftkit.train.compiled import compile_blocks
 from peftkit.train.fastpath import FastPath
 from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
-from peftkit.train.meter import Meter
+from peftkit.train.meter import Meter, make_resident
 from peftkit.train.optimizers import learning_rate, open_updates
 from peftkit.train.scoring import computing, mean_loss, predict
 
@@ -137,6 +137,7 @@ class Loop:
         """
         if resume:
             self._resume()
+        make_resident(self.adapted.model)
         guard = MovementGuard(self.trainable) if self.state.step < SETTLED_STEPS else None
         try:
             while self.state.step < self.total_steps and not self.state.stopped:

@@ -129,3 +129,11 @@ def _high_water() -> int | None:
         return None
     lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(lines[0].split()[1]) * 1024 if lines else None
+
+
+def make_resident(model: torch.nn.Module) -> None:
+    """Read a byte of every page of the weights on the host: mapped files take memory only once they are read, which
+    would count as the training's."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::4096].sum()

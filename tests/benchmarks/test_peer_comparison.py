@@ -104,7 +104,7 @@ def event(name: str, *shapes: list[int], parent: Any = None) -> Any:
     [
         (event("aten::mm", [700, 32], [32, 64]), "base matmuls"),
         (event("aten::mm", [64, 700], [700, 32]), "base matmuls"),
-        (event("aten::addmm_", [700, 64], [700, 8], [8, 64]), "adapter matmuls"),
+        (event("aten::addmm_", [700, 64], [700, 8], [8, 64]), "adapters"),
         (event("aten::mm", [90, 32], [32, 5000]), "head and loss"),
         (event("aten::sub_", [90, 5000]), "head and loss"),
         (event("aten::bmm", [8, 10, 4], [8, 4, 10]), "attention"),
