@@ -62,7 +62,6 @@ class Training(Section):
     activation_cache: bool = Field(
         False, description="Run frozen lower layers once per example and keep their output on disk for later epochs"
     )
-    compile: bool = Field(False, description="Compile the repeated block with torch.compile; pays on long runs")
     kernels: Kernels = Kernels()
     checkpoint_every: PositiveInt = Field(200, description="Steps between checkpoints on disk")
     log_every: PositiveInt = Field(10, description="Steps between lines of log.jsonl")
@@ -104,10 +103,13 @@ class Recipe(Section):
             for name in ("patience", "metric"):
                 if getattr(self.evaluation, name) not in (None, "auto"):
                     raise ValueError(f"evaluation.{name} would be ignored: there is no data.validation to score")
-        if not self.method.checkpointable and self.training.checkpointing not in ("auto", "off"):
+        recomputes = self.training.checkpointing not in ("auto", "off")
+        padded = not self.training.kernels.packing or self.backbone.attention != "auto"
+        if recomputes and padded and not self.method.checkpointable:
             raise ValueError(
-                f"training.checkpointing={self.training.checkpointing} does not work with method {self.method.kind!r}: "
-                "the recomputed layers would not see what it trains. Set training.checkpointing=off"
+                f"training.checkpointing={self.training.checkpointing} with method {self.method.kind!r} needs packed "
+                "batches: padded, the recomputed layers would not see what it trains. Set "
+                "training.kernels.packing=true and backbone.attention=auto, or training.checkpointing=off"
             )
         if self.training.optimizer_in_backward and self.training.clip is not None:
             raise ValueError(

@@ -18,7 +18,7 @@ from peftkit.data.batching import step_order
 from peftkit.data.load import load_splits
 from peftkit.data.table import Splits, Table
 from peftkit.environment import describe_environment
-from peftkit.errors import Diverged, InputError, OutOfMemory, PeftkitError
+from peftkit.errors import Diverged, InputError, MethodError, OutOfMemory, PeftkitError
 from peftkit.files import staged_folder, write_json, write_json_lines
 from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME, claim_folder, release_folder
 from peftkit.methods.base import Adapted, load_peft
@@ -268,6 +268,12 @@ def _fit(
     expected = recipe.method.trainable_params(prepared.backbone.dims)
     trainable = sum(parameter.numel() for parameter in prepared.adapted.trainable().values())
     assert trainable == expected, f"{trainable} parameters train, and the method counts {expected}"
+    recomputes = recipe.training.checkpointing not in ("auto", "off")
+    if recomputes and not fast.packed and not recipe.method.checkpointable:
+        raise MethodError(
+            f"training.checkpointing={recipe.training.checkpointing} with method {recipe.method.kind!r} needs packed "
+            "batches, which this backbone cannot take. Set training.checkpointing=off."
+        )
     observer.say(f"{recipe.label}: {trainable:,} of {prepared.backbone.dims.num_params:,} parameters train")
     features = _encode(recipe, prepared, prepared.splits.train, "train", observer).features
     for warning in prepared.task.inspect(features, prepared.backbone.tokenizer):

@@ -96,7 +96,9 @@ def test_differing_keys_name_both_values() -> None:
 def test_settings_that_would_be_ignored_are_refused() -> None:
     assert "would be ignored" in faults_of("method=zero-shot", "training.learning_rate=1e-3")[0]
     assert "would be ignored" in faults_of("evaluation.patience=2", data={"train": "x.jsonl"})[0]
-    assert "training.checkpointing=off" in faults_of("method=prefix", "training.checkpointing=all")[0]
+    padded = ("method=prefix", "training.checkpointing=all", "training.kernels.packing=false")
+    assert "training.checkpointing=off" in faults_of(*padded)[0]
+    assert "training.clip=null" in faults_of("training.optimizer_in_backward=true")[0]
 
 
 def test_paths_beside_the_recipe_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -62,20 +62,21 @@ class Batch:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; the host does not wait for the copy."""
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        def moved(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
 
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            moved(self.attention_mask),
-            moved(self.token_type_ids),
-            self.target.to(device, non_blocking=True),
-            self.lengths.to(device, non_blocking=True),
-            self.loss_units,
-            self.rows,
-            None if self.segments is None else self.segments.to(device),
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            attention_mask=None if self.attention_mask is None else moved(self.attention_mask),
+            token_type_ids=None if self.token_type_ids is None else moved(self.token_type_ids),
+            target=moved(self.target),
+            lengths=moved(self.lengths),
+            segments=None if self.segments is None else self.segments.to(device),
         )
 
 

@@ -53,7 +53,7 @@ class Method(Section):
 
     kind: str
     checkpointable: ClassVar[bool] = True
-    """Whether layers can recompute their activations under this method."""
+    """Whether layers of a padded forward can recompute their activations under this method; a packed one always can."""
     shots: ClassVar[int | None] = None
     """None for methods that train; the number of demonstrations for prompting baselines."""
 

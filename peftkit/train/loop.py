@@ -25,7 +25,6 @@ from peftkit.tasks.base import Score, Task
 from peftkit.train import checkpoint
 from peftkit.train.activation_cache import ActivationCache, cache_activations, replaying
 from peftkit.train.activations import open_offload, set_checkpointing
-from peftkit.train.compiled import compile_blocks
 from peftkit.train.fastpath import FastPath
 from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
 from peftkit.train.meter import Meter, make_resident
@@ -124,8 +123,6 @@ class Loop:
         set_checkpointing(adapted.model, training.checkpointing)
         self.saving = open_offload(adapted.model, self.device) if training.offload_activations else nullcontext()
         self.caches = self._open_caches() if training.activation_cache else (None, None)
-        if training.compile:
-            compile_blocks(adapted.model, first=self.caches[0].plan.index if self.caches[0] else 0)
 
     def fit(self, *, resume: bool = False) -> Fitted:
         """Train to the end, from the newest checkpoint when `resume` and there is one.
