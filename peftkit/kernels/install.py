@@ -16,5 +16,6 @@ def install_kernels(model: nn.Module, kernels: Kernels) -> list[str]:
         fused = fuse_lora(model)
         said += [str(fused)] if fused.layers or fused.left else []
     if kernels.layers:
-        said.append(str(lean_layers(model)))
+        leaned = lean_layers(model)
+        said += [str(leaned)] if leaned.dropouts + leaned.norms + leaned.gated_units + leaned.rotations else []
     return said

@@ -71,10 +71,14 @@ class Leaned:
     rotations: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.dropouts} dropouts, {self.norms} norms, {self.gated_units} gated units "
-            f"and {self.rotations} rotary embeddings run lean"
-        )
+        counts = {
+            "dropouts": self.dropouts,
+            "norms": self.norms,
+            "gated units": self.gated_units,
+            "rotary embeddings": self.rotations,
+        }
+        present = [f"{count} {name}" for name, count in counts.items() if count]
+        return f"{', '.join(present)} run lean"
 
 
 class _Lean:

@@ -161,7 +161,7 @@ def test_what_is_not_known_is_left() -> None:
 
 def test_the_counts_are_said_in_words() -> None:
     leaned = lean_layers(decoder("phi3", resid_pdrop=0.1))
-    assert str(leaned) == "6 dropouts, 7 norms, 3 gated units and 3 rotary embeddings run lean"
+    assert str(leaned) == "6 dropouts, 7 norms, 3 gated units, 3 rotary embeddings run lean"
 
 
 def test_half_rotated_heads_keep_their_own_rotation() -> None:

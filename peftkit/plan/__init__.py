@@ -1,0 +1,1 @@
+"""What a run needs before it runs: memory by term, the moment of the peak, work to be done."""
