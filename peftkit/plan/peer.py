@@ -1,0 +1,137 @@
+"""The step of a plain transformers and PEFT trainer on fake tensors: how published runs of others are predicted.
+
+It differs from peftkit's own step: the loss holds full logits, the cache may be on, adapters take float32 inputs, and
+batches are padded and masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftkit.backbones.load import build_skeleton
+from peftkit.backbones.quiet import quietly
+from peftkit.backbones.spec import Head
+from peftkit.plan.cuda_operators import Architecture, cuda_operators, scratch_of
+from peftkit.plan.fake import fake_tensors, materialize, quantize_linears
+from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
+from peftkit.plan.simulation import Simulation, summarize
+from peftkit.plan.storages import StorageTracker
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSettings:
+    """What another trainer does, as far as it decides memory.
+
+    Attributes:
+        lengths: tokens of every example of each optimizer step; the last step is the one reported.
+        adapter: PEFT's configuration; None trains all weights.
+        attention: transformers' name of the implementation.
+        repeat_heads: keys and values are repeated for each query head before fused attention.
+        loads_on_device: transformers loads straight onto the device, into one block that it asks for beforehand.
+        padded: batches have padding, so attention gets a mask.
+        cache: keys and values of every layer are kept with the outputs.
+        keeps_outputs: the outputs of a step are alive until those of the next take their place.
+        clip: the gradient's norm is clipped.
+        empties_cache: after every step, with its gradients still there.
+    """
+
+    batch: int
+    lengths: tuple[int, ...]
+    adapter: Any = None
+    precision: Literal["fp16", "bf16", "fp32"] = "bf16"
+    quantization: Literal["none", "nf4"] = "none"
+    double_quantization: bool = False
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    repeat_heads: bool = False
+    checkpointing: bool = False
+    loads_on_device: bool = True
+    padded: bool = False
+    cache: bool = False
+    keeps_outputs: bool = False
+    clip: bool = False
+    empties_cache: bool = False
+    architecture: Architecture = field(default_factory=Architecture)
+
+
+def simulate_peer(settings: PeerSettings, config: Any) -> Simulation:
+    """Memory of the step of `settings` for the model of a transformers configuration, on a CUDA device."""
+    architecture = settings.architecture
+    tracker = StorageTracker(scratch_of(architecture), workspace_bytes=architecture.workspace_bytes)
+    with (
+        quietly(),
+        fake_tensors(masked=settings.padded),
+        cuda_operators(architecture, repeat_heads=settings.repeat_heads),
+        tracker,
+    ):
+        tracker.enter("load*")
+        model = _build_model(settings, config)
+        tag_weights(tracker, model, adapted=settings.adapter is not None)
+        tracker.watch(model)
+        tracker.empty_cache()
+        _train(settings, model, tracker, config.vocab_size)
+    return summarize(tracker.stream, context_bytes=architecture.context_bytes, vocab=config.vocab_size)
+
+
+def _build_model(settings: PeerSettings, config: Any) -> Any:
+    """The model as such a trainer prepares it: loaded, quantized, with its adapter, set to train."""
+    config._attn_implementation = settings.attention
+    dtype = DTYPES[settings.precision]
+    model = build_skeleton(config, Head("language"))
+    model.config._attn_implementation = settings.attention
+    if settings.loads_on_device:
+        _ask_beforehand(model, dtype, quantized=settings.quantization == "nf4")
+    if settings.quantization == "nf4":
+        quantize_linears(model, dtype, nested=settings.double_quantization)
+    materialize(model, dtype)
+    model.config.use_cache = settings.cache
+    if settings.adapter is not None:
+        import peft
+
+        if settings.quantization == "nf4":
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.checkpointing)
+        model = peft.get_peft_model(model, settings.adapter)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def _ask_beforehand(model: Any, dtype: torch.dtype, *, quantized: bool) -> None:
+    """One block of the size of all weights, freed at once: the allocator then cuts them out of it."""
+    output = model.get_output_embeddings()
+    inner = {id(m.weight) for m in model.modules() if quantized and type(m) is nn.Linear and m is not output}
+    sizes = [p.numel() // 2 if id(p) in inner else p.numel() * dtype.itemsize for p in model.parameters()]
+    torch.empty(sum(sizes), dtype=torch.uint8)
+
+
+def _train(settings: PeerSettings, model: nn.Module, tracker: StorageTracker, vocab: int) -> None:
+    """Optimizer steps in the order that such scripts take them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    kept: list[Any] = []
+    for number, length in enumerate(settings.lengths, start=1):
+        suffix = "" if number == len(settings.lengths) else "*"
+        optimizer.zero_grad(set_to_none=True)
+        tracker.enter("forward" + suffix)
+        tokens = torch.randint(0, vocab, (settings.batch, length))
+        inputs = {"input_ids": tokens, "labels": tokens.clone()}
+        if settings.padded:
+            inputs["attention_mask"] = torch.ones_like(tokens)
+        outputs = model(**inputs)
+        kept[:] = [outputs] if settings.keeps_outputs else []
+        tracker.enter("backward" + suffix)
+        outputs.loss.backward()
+        tag_gradients(tracker, model)
+        tracker.enter("optimizer" + suffix)
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tag_state(tracker, optimizer.state_dict())
+        del outputs, inputs, tokens
+        if settings.empties_cache:
+            tracker.empty_cache()
