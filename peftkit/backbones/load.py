@@ -68,7 +68,7 @@ def load_backbone(
     config = read_config(spec)
     dims = dims_of(spec, head, config)
     if dropout is not None:
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
     tokenizer = load_tokenizer(spec)
     dtype = compute_dtype(spec, device)
     arguments: dict[str, Any] = {"dtype": dtype, "config": _headed(config, head, tokenizer), "device_map": {"": device}}
@@ -211,7 +211,7 @@ def _headed(config: Any, head: Head, tokenizer: Any) -> Any:
     return config
 
 
-def _set_dropout(config: Any, dropout: float) -> None:
+def set_dropout(config: Any, dropout: float) -> None:
     """Set every dropout probability that this architecture's configuration has.
 
     Raises:

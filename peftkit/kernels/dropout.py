@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from peftkit.kernels.autograd import apply
+
 LEVELS: Final = 1 << 16
 """Chances that 16 bits tell apart: p is rounded to a multiple of 1 / LEVELS, so it is off by 2**-17 at most."""
 
@@ -37,7 +39,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """x / (1 - p) where kept and 0 elsewhere: dropout as in training."""
     if x.device.type != "cpu":
         return functional.dropout(x, p, training=True)
-    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    out: Tensor = apply(_Dropout, x, p)
     return out
 
 

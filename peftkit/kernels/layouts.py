@@ -53,8 +53,3 @@ ENCODERS: Final = {
 def model_type(model: Any) -> str:
     """The architecture's name in its configuration; of the text part where there are several."""
     return str(model.config.get_text_config().model_type)
-
-
-def knows_decoder(model: Any) -> bool:
-    """Whether the model is a decoder of the table."""
-    return model_type(model) in DECODERS

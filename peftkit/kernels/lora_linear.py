@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftkit.kernels.autograd import apply
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -70,7 +72,7 @@ def lora_linear(x: Tensor, terms: Sequence[Term]) -> list[Tensor]:
     """Outputs [..., M] of the layers of a group, given the input [..., K] of all of them."""
     tensors = [tensor for term in terms for tensor in (term.weight, term.bias, term.down, term.up, term.mask)]
     constants = [(term.scale, term.kept, term.quant_state) for term in terms]
-    outputs = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), constants, *tensors)  # type: ignore[no-untyped-call]
+    outputs = apply(_LoraLinear, x.reshape(-1, x.shape[-1]), constants, *tensors)
     return [y_NM.view(*x.shape[:-1], y_NM.shape[-1]) for y_NM in outputs]
 
 

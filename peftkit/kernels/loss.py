@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from peftkit.kernels.autograd import apply
 from peftkit.kernels.layouts import DECODERS, model_type
 
 CHUNK_BYTES: Final = {"cpu": 2**26}
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     rows = _chunk_rows(target_N, len(weight_VH), chunk_bytes)
     form = _Form(smoothing, softcap, scale, rows, torch.is_grad_enabled())
     factors = [factor for pair in [(hidden_NH, weight_VH), *low_rank] for factor in pair]
-    loss: Tensor = _LinearCrossEntropy.apply(form, target_N, bias_V, *factors)  # type: ignore[no-untyped-call]
+    loss: Tensor = apply(_LinearCrossEntropy, form, target_N, bias_V, *factors)
     return loss
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -66,7 +67,7 @@ def cuda_operators(architecture: Architecture, *, repeat_heads: bool = False) ->
 
 def scratch_of(architecture: Architecture) -> dict[Any, Scratch]:
     """What CUDA's kernels allocate within one call, besides their outputs."""
-    import bitsandbytes  # noqa: F401  # registers its operators
+    import_module("bitsandbytes")  # registers its operators
 
     return {
         aten._softmax_backward_data.default: Scratch(_softmax_product),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from peftkit.backbones.dims import read_dims
-from peftkit.backbones.load import Backbone, _set_dropout, build_skeleton, compute_dtype, read_config
+from peftkit.backbones.load import Backbone, build_skeleton, compute_dtype, read_config, set_dropout
 from peftkit.backbones.quiet import quietly
 from peftkit.backbones.spec import BackboneSpec, Head
 from peftkit.data.features import IGNORED, Features
@@ -64,7 +64,7 @@ def simulate(
     card = (architecture or Architecture()) if device == "cuda" else None
     config = read_config(recipe.backbone) if config is None else copy.deepcopy(config)
     if recipe.training.dropout is not None:
-        _set_dropout(config, recipe.training.dropout)
+        set_dropout(config, recipe.training.dropout)
     scratch, workspace = (scratch_of(card), card.workspace_bytes) if card else (None, 0)
     tracker = StorageTracker(scratch, workspace_bytes=workspace)
     with quietly():
