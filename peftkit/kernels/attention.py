@@ -80,6 +80,8 @@ def attend(
     Args:
         prefix: for each layer, keys and values [1, K, P, D] that every example sees besides its own.
     """
+    # autocast computes values in its dtype, and norms that train leave queries and keys in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     terms = _Terms(scaling, bool(module.is_causal), sliding_window, softcap)
     front = None if prefix is None else prefix[module.layer_idx]
     plain = terms.softcap is None and dropout == 0.0 and front is None

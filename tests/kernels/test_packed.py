@@ -80,6 +80,28 @@ def test_a_decoder_packed_equals_each_example_alone(kind: str, products: bool) -
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3"])
+def test_queries_that_a_norm_left_wide_are_attended_to_in_the_dtype_of_the_values(kind: str, products: bool) -> None:
+    """Under autocast, as with full finetuning in bfloat16: norms that train give float32, linear layers bfloat16."""
+    torch.manual_seed(0)
+    config = tiny(kind, num_key_value_heads=2, head_dim=8, initializer_range=0.1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = torch.cat([model(input_ids=ids[None]).logits[0] for ids in tokens()])
+    alone.square().sum().backward()
+    wanted = gradients(model)
+    with packed_attention(model, products=products), torch.autocast("cpu", dtype=torch.bfloat16):
+        packed = run_packed(model, torch.cat(tokens())[None], Segments.of(LENGTHS))[0]
+    with packed_attention(model, products=products):
+        packed.square().sum().backward()
+    found = gradients(model)
+    assert set(found) == set(wanted)
+    distance = sum(float((found[name] - gradient).square().sum()) for name, gradient in wanted.items())
+    length = sum(float(gradient.square().sum()) for gradient in wanted.values())
+    assert distance <= 0.05**2 * length  # bfloat16 keeps 8 bits, and three layers add their roundings up
+
+
 @pytest.mark.parametrize("kind", sorted(ENCODERS))
 def test_an_encoder_packed_equals_each_example_alone(kind: str) -> None:
     config = tiny(kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, embedding_size=32)
