@@ -1,8 +1,9 @@
 """How close the planner comes to memory that others measured on GPUs and published.
 
-    python benchmarks/plan_accuracy.py [--t4 CSV] [--l40s CSV] [--json]
+    python benchmarks/plan_accuracy.py [--t4 CSV] [--l40s CSV] [--json] [--record]
 
-Each row is simulated as its own trainer runs: errors are predicted / measured - 1.
+Each row is simulated as its own trainer runs: errors are predicted / measured - 1. `--record` keeps the table for
+`benchmarks/publish.py`, and the largest underestimate as the planner's margin.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from typing import Any
 
 from peftkit.backbones.configs import bundled_config
 from peftkit.backbones.quiet import quietly
+from peftkit.environment import describe_environment
+from peftkit.files import write_json
 from peftkit.plan.cuda_operators import Architecture
 from peftkit.plan.peer import PeerSettings, simulate_peer
-from peftkit.units import MIB
+from peftkit.plan.planner import RECORDED
+from peftkit.units import MIB, format_bytes
 
+RESULTS = Path(__file__).parent / "results" / "plan-accuracy"
 REFERENCE = Path(__file__).parent / "reference"
 LONGEST = 676
 """Tokens of an example of the L40S runs' longest batch, which sets their peak; it is not recorded."""
@@ -45,11 +50,14 @@ def main() -> None:
     parser.add_argument("--t4", type=Path, default=REFERENCE / "t4_measured_runs.csv")
     parser.add_argument("--l40s", type=Path, default=REFERENCE / "l40s_published_runs.csv")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     say: Callable[[str], None] = (lambda text: None) if options.json else print
     t4 = [_compare_t4(row, say) for row in _with_dimensions(_read(options.t4))]
     l40s = [_compare_l40s(row, say) for row in _read(options.l40s)]
     found = {"t4": _summary(t4, ("allocated", "reserved")), "l40s": _summary(l40s, ("reserved",))}
+    if options.record:
+        _record(t4, l40s)
     if options.json:
         print(json.dumps(found, indent=2))
         return
@@ -58,6 +66,28 @@ def main() -> None:
             if kind in part and part["rows"]:
                 errors = part[kind]
                 print(f"{name} {kind}: mean {errors['mean_abs_error']:.2%}, worst {errors['worst_abs_error']:.2%}")
+
+
+def _record(t4: list[dict[str, Any]], l40s: list[dict[str, Any]]) -> None:
+    """Write the margin into the package, and the rows where the results lie."""
+    below = [-row[kind]["error"] for row in (*t4, *l40s) for kind in ("allocated", "reserved") if kind in row]
+    write_json(RECORDED, {"largest_underestimate": round(max(0.0, *below), 4)})
+    for name, rows in (("t4", t4), ("l40s", l40s)):
+        write_json(
+            RESULTS / f"{name}.json",
+            {
+                "note": f"{name.upper()}: memory that others measured, and the planner's error.",
+                "command": "python benchmarks/plan_accuracy.py --record",
+                "rows": [{"run": row["name"]} | _shown(row) for row in rows],
+                "environment": describe_environment(),
+            },
+        )
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    kinds = [kind for kind in ("allocated", "reserved") if kind in row]
+    measured = {kind: format_bytes(row[kind]["measured_bytes"]) for kind in kinds}
+    return measured | {f"error {kind}": f"{row[kind]['error']:+.2%}" for kind in kinds}
 
 
 def _compare_t4(row: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:

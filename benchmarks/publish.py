@@ -21,7 +21,8 @@ from peftkit.report.tables import escape_markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED = ("report.md", "results.csv", "scatter.png", "suite.yaml")
-README_BLOCK = re.compile(r"(<!-- demo table: benchmarks/publish.py -->\n).*?(<!-- end -->)", re.DOTALL)
+README_TABLES = {"demo table": "demo/report.md", "what fits": "what-fits/tokens-1024.json"}
+"""The README's generated tables, by the word in their marker, and where their rows lie."""
 HEADER = """# Results
 
 Written by `python benchmarks/publish.py` from what committed commands printed; do not edit. Each section names the
@@ -64,12 +65,17 @@ def documents() -> dict[Path, str]:
     sections = [section(folder) for folder in folders if (folder / "report.md").is_file()]
     sections += [measured_section(folder) for folder in folders if [*folder.glob("*.json")]]
     readme = ROOT / "README.md"
-    return {
-        ROOT / "benchmarks" / "RESULTS.md": "\n".join([HEADER, *sections]),
-        readme: README_BLOCK.sub(
-            lambda found: found.group(1) + demo_table() + found.group(2), readme.read_text(encoding="utf-8")
-        ),
-    }
+    text = readme.read_text(encoding="utf-8")
+    for word, source in README_TABLES.items():
+        text = with_table(text, word, RESULTS / source)
+    return {ROOT / "benchmarks" / "RESULTS.md": "\n".join([HEADER, *sections]), readme: text}
+
+
+def with_table(text: str, word: str, source: Path) -> str:
+    """The text with the generated table between its markers."""
+    block = re.compile(rf"(<!-- {word}: benchmarks/publish.py -->\n).*?(<!-- end -->)", re.DOTALL)
+    table = report_table(source) if source.suffix == ".md" else markdown_table(read_measured(source)["rows"])
+    return block.sub(lambda found: found.group(1) + table + "\n" + found.group(2), text)
 
 
 def section(folder: Path) -> str:
@@ -86,14 +92,13 @@ def measured_section(folder: Path) -> str:
 
     A file has `note`, `command`, `rows` (texts by column) and `environment`.
     """
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    documents = [read_measured(path) for path in sorted(folder.glob("*.json"))]
     tables: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for document in documents:
         tables.setdefault((document["note"], *document["rows"][0]), []).extend(document["rows"])
     parts = [f"## {folder.name}"]
-    for (note, *columns), rows in tables.items():
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([*row.values()] for row in rows)]
-        parts += [note, "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)]
+    for (note, *_), rows in tables.items():
+        parts += [note, markdown_table(rows)]
     parts += ["### How to reproduce", "```\n" + "\n".join(document["command"] for document in documents) + "\n```"]
     return "\n\n".join([*parts, environment_table(documents)]) + "\n"
 
@@ -111,10 +116,23 @@ def environment_table(documents: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {name} | {'; '.join(dict.fromkeys(values))} |" for name, values in seen.items())])
 
 
-def demo_table() -> str:
-    """The table of the demo's report."""
-    lines = (RESULTS / "demo" / "report.md").read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines[: lines.index("## About this benchmark")] if line.startswith("|")) + "\n"
+def read_measured(path: Path) -> dict[str, Any]:
+    """What a script left."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """Rows of the same columns, all but the first aligned right."""
+    columns = [*rows[0]]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([*row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
+
+
+def report_table(path: Path) -> str:
+    """The table of a suite's report."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines[: lines.index("## About this benchmark")] if line.startswith("|"))
 
 
 if __name__ == "__main__":

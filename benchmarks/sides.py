@@ -147,8 +147,8 @@ def lay_ground(folder: Path) -> None:
 
     from peftkit.backbones.load import resolve
     from peftkit.data.batching import step_order
+    from peftkit.prepare import prepare
     from peftkit.recipe import build_recipe
-    from peftkit.run import prepare
     from peftkit.train.optimizers import learning_rate
 
     recipe = build_recipe(read_comparison(folder).recipe)

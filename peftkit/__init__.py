@@ -2,6 +2,7 @@
 
     import peftkit
     recipe = peftkit.load_recipe("recipe.yaml", ["method=lora"])
+    print(peftkit.plan(recipe, gpu="12GiB").fits)
     record = peftkit.train(recipe, "runs/first")
     peftkit.merge("runs/first", "merged")
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from peftkit.bench.suite import load_suite
     from peftkit.deploy.generate import generate
     from peftkit.deploy.merge import merge
+    from peftkit.plan.answer import plan_recipe as plan
     from peftkit.recipe import Recipe, load_recipe
     from peftkit.record import RunRecord, read_record
     from peftkit.run import evaluate, train
@@ -32,6 +34,7 @@ __all__ = [
     "load_recipe",
     "load_suite",
     "merge",
+    "plan",
     "read_record",
     "train",
 ]
@@ -48,7 +51,7 @@ _HOMES = {
 }
 
 
-_VERBS = ("bench", "train")
+_VERBS = ("bench", "plan", "train")
 """Packages that can be called."""
 
 

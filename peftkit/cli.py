@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__
-from peftkit.errors import InputError, PeftkitError, nearest
+from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
 
 if TYPE_CHECKING:
     from peftkit.recipe import Recipe
     from peftkit.record import Metric, RunRecord
 
 DESCRIPTION = "Finetune pretrained transformers: know before you run, compare fairly, prove after you merge."
-OVERRIDES = {
-    "nargs": "*",
-    "metavar": "key=value",
-    "help": "override any field, such as training.epochs=1 or method=qlora",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0 done, 1 ran and failed, 2 the input is wrong."""
+    """Run one verb; return the exit code: 0 done, 1 ran and failed, 2 the input is wrong, 3 it does not fit."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -41,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and not given[0].startswith("-") and given[0] not in verbs:
         print(f"peftkit: no verb {given[0]!r}{nearest(given[0], verbs)}. Verbs: {', '.join(verbs)}.", file=sys.stderr)
         return 2
-    options = build_parser().parse_args(given)
+    options = parse(given)
     try:
         return int(VERBS[options.verb](options) or 0)
     except PeftkitError as fault:
@@ -53,6 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """The verb with its flags; overrides may stand before and behind them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(given)
+    overrides = vars(options).get("overrides")
+    strange = [word for word in rest if overrides is None or word.startswith("-") or "=" not in word]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if overrides is not None:
+        overrides.extend(rest)
+    return options
 
 
 def build_parser() -> Parser:
@@ -75,6 +83,17 @@ def build_parser() -> Parser:
     overridable(train)
     train.add_argument("--out", type=Path, help="folder of the run; default runs/LABEL-DIGEST")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument("--fit", action="store_true", help="change what has to change so that it fits, and say what")
+    train.add_argument("--no-plan", action="store_true", help="train even where the plan says that it cannot fit")
+    plan = verb("plan", "say what a run needs before it runs, and whether a card has it")
+    plan.add_argument("recipe", type=Path)
+    overridable(plan)
+    plan.add_argument("--gpu", metavar="NAME or SIZE", help="such as 'RTX 3060' or 12GiB; default: this machine")
+    question = plan.add_mutually_exclusive_group()
+    question.add_argument("--fit", action="store_true", help="search for the fastest changes that fit")
+    question.add_argument("--compare", action="store_true", help="a line for each method on this backbone and card")
+    question.add_argument("--models", action="store_true", help="which sizes of backbone fit this card")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw the memory of a step")
     score = verb("eval", "score a run, a merged model or a plain backbone")
     score.add_argument("reference", help="a run's folder, a model folder, a hub id or a packaged backbone")
     score.add_argument("recipe", type=Path, nargs="?", help="whose task and data to use; default: the run's own")
@@ -114,6 +133,10 @@ def _train(options: argparse.Namespace) -> None:
     from peftkit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.fit:
+        from peftkit.plan.answer import fitted
+
+        recipe = fitted(recipe, say=_tell)
     out = options.out or Path("runs") / f"{recipe.label}-{recipe.digest[:8]}"
     record = finished_record(recipe, out)
     if record is None:
@@ -124,15 +147,33 @@ def _train(options: argparse.Namespace) -> None:
         _print_run(record, out)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from peftkit.plan import answer
+    from peftkit.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    questions = {"fit": answer.answer_fit, "compare": answer.answer_methods, "models": answer.answer_models}
+    asked = next((name for name in questions if getattr(options, name)), None)
+    found = (answer.answer_plan if asked is None else questions[asked])(recipe, options.gpu)
+    if options.json:
+        print(json.dumps(found.document))
+    else:
+        _console().print(found.shown)
+    if options.plot is not None:
+        answer.draw(found, options.plot)
+    return 0 if found.fits else DOES_NOT_FIT
+
+
 def _start(recipe: Recipe, out: Path, options: argparse.Namespace) -> RunRecord:
     """Train, watched by a bar on a terminal and by plain lines elsewhere."""
     from peftkit.run import train
     from peftkit.train.progress import BarObserver, PlainObserver
 
+    flags = {"resume": options.resume, "planned": not options.no_plan}
     if sys.stderr.isatty() and not options.json:
         with BarObserver() as observer:
-            return train(recipe, out, resume=options.resume, observer=observer)
-    return train(recipe, out, resume=options.resume, observer=PlainObserver())
+            return train(recipe, out, observer=observer, **flags)
+    return train(recipe, out, observer=PlainObserver(), **flags)
 
 
 def _tell(text: str) -> None:
@@ -293,6 +334,7 @@ def _console() -> Any:
 
 VERBS = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "generate": _generate,
     "merge": _merge,

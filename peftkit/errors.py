@@ -7,6 +7,7 @@
     │   ├── BackboneError         a model reference or its files
     │   ├── MethodError           a method that cannot work on this backbone or task
     │   └── OutputError           a folder that cannot be written, or that holds another run
+    ├── DoesNotFit                exit 3: the plan says that the run cannot fit; nothing was run
     ├── Diverged                  the loss is not finite
     ├── OutOfMemory               the device or the machine ran out
     ├── GuardTripped              training ran, but not what was asked for (weights that did not move, ...)
@@ -19,6 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+DOES_NOT_FIT = 3
+"""Exit code of a plan that does not fit, and of a run that is not started because of it."""
 
 
 class PeftkitError(Exception):
@@ -56,6 +60,12 @@ class MethodError(InputError):
 
 class OutputError(InputError):
     """The output folder cannot be used."""
+
+
+class DoesNotFit(PeftkitError):
+    """The planner says that the run needs more memory than there is; no work was started."""
+
+    exit_code = DOES_NOT_FIT
 
 
 class Diverged(PeftkitError):

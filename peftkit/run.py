@@ -12,16 +12,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
-from peftkit.backbones.load import Backbone, base_identity, dims_of, load_backbone
-from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
+from peftkit.backbones.load import Backbone, base_identity, load_backbone
+from peftkit.backbones.spec import BackboneSpec, Head
 from peftkit.data.batching import step_order
 from peftkit.data.load import load_splits
-from peftkit.data.table import Splits, Table
+from peftkit.data.table import Table
 from peftkit.environment import describe_environment
-from peftkit.errors import Diverged, InputError, MethodError, OutOfMemory, PeftkitError
+from peftkit.errors import Diverged, DoesNotFit, InputError, OutOfMemory, PeftkitError
 from peftkit.files import staged_folder, write_json, write_json_lines
 from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME, claim_folder, release_folder
 from peftkit.methods.base import Adapted, load_peft
+from peftkit.plan.gate import Admitted, admit
+from peftkit.plan.workload import workload_of
+from peftkit.prepare import Prepared, Read, head_to_load, load, read
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.record import (
     PREDICTIONS_NAME,
@@ -38,6 +41,7 @@ from peftkit.tasks.base import FeatureSet, Prediction, Score, Task
 from peftkit.train.fastpath import FastPath
 from peftkit.train.loop import Fitted, Loop, Observer
 from peftkit.train.progress import PlainObserver
+from peftkit.train.retry import explained
 from peftkit.train.scoring import mean_loss, predict
 
 FAILURES: dict[type[PeftkitError], Status] = {Diverged: "diverged", OutOfMemory: "oom"}
@@ -53,26 +57,25 @@ class Opened:
     task: Task
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything a run needs before its first step."""
-
-    splits: Splits
-    backbone: Backbone
-    adapted: Adapted
-    task: Task
-
-
-def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    planned: bool = True,
+    observer: Observer | None = None,
+) -> RunRecord:
     """Train and evaluate a recipe into the folder `out`; return the record that is written there.
 
     A folder that already holds the finished run of this recipe is left alone and its record returned.
 
     Args:
         resume: go on from the newest checkpoint in `out`, or start when there is none.
+        planned: plan first, and stop before any weight is loaded where the run cannot fit.
 
     Raises:
         InputError: a faulty recipe, data, backbone or folder; nothing was trained.
+        DoesNotFit: the plan says so; nothing was trained.
         PeftkitError: training ran and failed; the record says how.
     """
     out, observer = Path(out), observer or PlainObserver()
@@ -81,8 +84,9 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Ob
         return finished
     started = time.time()
     try:
-        record = _run(recipe, out, resume=resume, observer=observer)
-    except InputError:
+        with explained("the run", "Try backbone.quantization=nf4 or a smaller backbone."):
+            record = _run(recipe, out, resume=resume, planned=planned, observer=observer)
+    except (InputError, DoesNotFit):
         release_folder(out)
         raise
     except PeftkitError as fault:
@@ -92,27 +96,6 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Ob
     record = record.model_copy(update={"wall_seconds": time.time() - started})
     record.write(out)
     return record
-
-
-def prepare(recipe: Recipe, observer: Observer, *, device: torch.device) -> Prepared:
-    """Load data, check the method, load the backbone and attach the method."""
-    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
-    head = read_head(recipe.task, splits.train)
-    recipe.method.check(dims_of(recipe.backbone, head), recipe.task.kind, recipe.backbone.quantization)
-    observer.say(f"loading {recipe.backbone.name}")
-    set_seed(recipe.seed)
-    backbone = load_backbone(
-        recipe.backbone, _head_to_load(recipe, head), device=device, dropout=recipe.training.dropout
-    )
-    adapted = recipe.method.attach(backbone)
-    return Prepared(splits, backbone, adapted, open_task(recipe.task, head))
-
-
-def _head_to_load(recipe: Recipe, head: Head) -> Head:
-    """Prompting baselines ask a causal backbone in words, so they need the head that writes words."""
-    if recipe.method.shots is None or dims_of(recipe.backbone, head).family == "encoder":
-        return head
-    return LANGUAGE_HEAD
 
 
 def open_run(folder: Path, *, device: str | torch.device = "cpu") -> Opened:
@@ -136,7 +119,7 @@ def open_run(folder: Path, *, device: str | torch.device = "cpu") -> Opened:
         backbone = load_backbone(spec, head, device=device)
         adapted = Adapted(backbone.model, "model")
     else:
-        backbone = load_backbone(recipe.backbone, _head_to_load(recipe, head), device=device)
+        backbone = load_backbone(recipe.backbone, head_to_load(recipe, head), device=device)
         adapted = load_peft(backbone, folder / kind) if kind else recipe.method.attach(backbone)
     adapted.model.eval()
     return Opened(recipe, backbone, adapted, open_task(recipe.task, head))
@@ -193,40 +176,40 @@ def evaluate(reference: str | Path, recipe: Recipe | None = None, *, out: Path |
 
 def preview_data(recipe: Recipe, *, count: int) -> list[dict[str, Any]]:
     """The first examples of the training split as the model sees them: tokens, and which of them carry loss."""
-    from peftkit.backbones.load import load_tokenizer
     from peftkit.data.preview import preview
 
-    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
-    head = read_head(recipe.task, splits.train)
-    tokenizer = load_tokenizer(recipe.backbone)
-    shown = Table(splits.train.rows[:count], splits.train.origins[:count], "")
-    dims = dims_of(recipe.backbone, head)
-    task = open_task(recipe.task, head)
-    features = task.encode(shown, tokenizer, dims, recipe.data, max_tokens=recipe.training.max_tokens).features
-    return preview(features, tokenizer, origins=shown.origins, count=count, labels=head.labels or None)
+    known = read(recipe)
+    train = known.splits.train
+    shown = Table(train.rows[:count], train.origins[:count], "")
+    limit = recipe.training.max_tokens
+    features = known.task.encode(shown, known.tokenizer, known.dims, recipe.data, max_tokens=limit).features
+    labels = known.head.labels or None
+    return preview(features, known.tokenizer, origins=shown.origins, count=count, labels=labels)
 
 
-def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunRecord:
+def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Observer) -> RunRecord:
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "trackers"))
     accelerator = Accelerator(log_with=list(recipe.tracking.to) or None, project_config=project)
     if recipe.tracking.to:
         accelerator.init_trackers(recipe.tracking.project, config={"label": recipe.label, "digest": recipe.digest})
-    prepared = prepare(recipe, observer, device=accelerator.device)
+    known = read(recipe)
+    trains = recipe.method.shots is None
+    encoded = _encode(recipe, known, observer) if trains else {}
+    admitted = _admit(recipe, known, encoded["train"], observer) if trains and planned else None
+    prepared = load(recipe, known, observer, device=accelerator.device)
     backbone, adapted = prepared.backbone, prepared.adapted
     fitted: Fitted | None = None
     fast = FastPath(pad_id=_pad_id(backbone))
-    if recipe.method.shots is None:
-        fast = FastPath.open(
-            adapted.model,
-            recipe.training.kernels,
-            attention=recipe.backbone.attention,
-            pad_id=_pad_id(backbone),
-            say=observer.say,
+    if trains:
+        kernels, attention = recipe.training.kernels, recipe.backbone.attention
+        fast = FastPath.open(adapted.model, kernels, attention=attention, pad_id=_pad_id(backbone), say=observer.say)
+        loop = _open_loop(
+            recipe, prepared, encoded, out, admitted, fast=fast, observer=observer, accelerator=accelerator
         )
-        fitted = _fit(recipe, prepared, out, fast=fast, resume=resume, observer=observer, accelerator=accelerator)
+        fitted = loop.fit(resume=resume)
         _save_artifact(adapted, backbone, out)
-    validation = _score(recipe, prepared, "validation", observer, fast=fast)
-    test = _score(recipe, prepared, "test", observer, fast=fast)
+    validation = _score(recipe, prepared, "validation", encoded, fast=fast)
+    test = _score(recipe, prepared, "test", encoded, fast=fast)
     if test is not None:
         write_json_lines(out / PREDICTIONS_NAME, test[0])
     accelerator.end_training()
@@ -236,6 +219,9 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
     if validation is not None:
         values = (loss.model_dump() if loss else {}) | {"validation": validation[2]}
         loss = Loss(**values)
+    memory = fitted.meter.memory() if fitted else None
+    if memory is not None and admitted is not None:
+        memory = memory.model_copy(update={"predicted_tensor_peak_bytes": admitted.plan.simulation.allocated_bytes})
     return bare_record(recipe, "ok", None, environment=describe_environment()).model_copy(
         update={
             "parameters": Parameters(
@@ -243,7 +229,7 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
                 trainable=trainable,
                 artifact_bytes=sum(f.stat().st_size for f in folder.rglob("*")) if folder.is_dir() else None,
             ),
-            "memory": fitted.meter.memory() if fitted else None,
+            "memory": memory,
             "throughput": fitted.meter.throughput() if fitted else None,
             "loss": loss,
             "metrics": test[1] if test else {},
@@ -255,63 +241,61 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, observer: Observer) -> RunR
     )
 
 
-def _fit(
+def _encode(recipe: Recipe, known: Read, observer: Observer) -> dict[str, FeatureSet]:
+    """Every split that there is, tokenized."""
+    tables = {"train": known.splits.train, "validation": known.splits.validation, "test": known.splits.test}
+    return {split: known.encode(recipe, table, split, observer) for split, table in tables.items() if table is not None}
+
+
+def _admit(recipe: Recipe, known: Read, train: FeatureSet, observer: Observer) -> Admitted:
+    """The run's plan, from the lengths of its own examples."""
+    workload = workload_of(recipe, [len(example) for example in train.features])
+    return admit(recipe, known.head, workload, say=observer.say)
+
+
+def _open_loop(
     recipe: Recipe,
     prepared: Prepared,
+    encoded: dict[str, FeatureSet],
     out: Path,
+    admitted: Admitted | None,
     *,
     fast: FastPath,
-    resume: bool,
     observer: Observer,
     accelerator: Accelerator,
-) -> Fitted:
+) -> Loop:
+    """The training loop, after a last look at what it is given."""
     expected = recipe.method.trainable_params(prepared.backbone.dims)
     trainable = sum(parameter.numel() for parameter in prepared.adapted.trainable().values())
     assert trainable == expected, f"{trainable} parameters train, and the method counts {expected}"
-    recomputes = recipe.training.checkpointing not in ("auto", "off")
-    if recomputes and not fast.packed and not recipe.method.checkpointable:
-        raise MethodError(
-            f"training.checkpointing={recipe.training.checkpointing} with method {recipe.method.kind!r} needs packed "
-            "batches, which this backbone cannot take. Set training.checkpointing=off."
-        )
+    fast.check_recomputing(recipe)
     observer.say(f"{recipe.label}: {trainable:,} of {prepared.backbone.dims.num_params:,} parameters train")
-    features = _encode(recipe, prepared, prepared.splits.train, "train", observer).features
+    features = encoded["train"].features
     for warning in prepared.task.inspect(features, prepared.backbone.tokenizer):
         observer.say(f"warning: {warning}")
-    held_out = prepared.splits.validation
-    loop = Loop(
+    return Loop(
         prepared.adapted,
         prepared.task,
-        recipe.training,
+        recipe.training if admitted is None else admitted.training,
         recipe.evaluation,
         train=features,
-        validation=_encode(recipe, prepared, held_out, "validation", observer).features if held_out else None,
+        validation=encoded["validation"].features if "validation" in encoded else None,
         fast=fast,
         seed=recipe.seed,
         folder=out,
         accelerator=accelerator,
         observer=observer,
+        watch=None if admitted is None else admitted.watch(accelerator.device, observer.say),
     )
-    return loop.fit(resume=resume)
-
-
-def _encode(recipe: Recipe, prepared: Prepared, table: Table, split: str, observer: Observer) -> FeatureSet:
-    """Tokenize a split, and say loudly what was lost."""
-    backbone, limit = prepared.backbone, recipe.training.max_tokens
-    found = prepared.task.encode(table, backbone.tokenizer, backbone.dims, recipe.data, max_tokens=limit)
-    troubles = {
-        "were left out: too long, nothing that carries loss was left": found.dropped,
-        "lost part of their answer to training.max_tokens": found.answer_cut,
-        "were cut to training.max_tokens": found.truncated - found.answer_cut,
-    }
-    for trouble, count in troubles.items():
-        if count:
-            observer.say(f"warning: {count} of {len(table)} {split} examples {trouble} ({limit})")
-    return found
 
 
 def _score(
-    recipe: Recipe, prepared: Prepared, split: Literal["validation", "test"], observer: Observer, *, fast: FastPath
+    recipe: Recipe,
+    prepared: Prepared,
+    split: Literal["validation", "test"],
+    encoded: dict[str, FeatureSet],
+    *,
+    fast: FastPath,
 ) -> tuple[list[Prediction], dict[str, Metric], float | None] | None:
     """Predictions, metrics with intervals, and mean loss on a split; None without the split."""
     table = prepared.splits.validation if split == "validation" else prepared.splits.test
@@ -320,15 +304,15 @@ def _score(
     task, backbone = prepared.task, prepared.backbone
     shots = recipe.method.shots
     if shots is None:
-        scored: FeatureSet | list[Prediction] = _encode(recipe, prepared, table, split, observer)
-    else:
-        order = step_order(len(prepared.splits.train), len(prepared.splits.train), seed=recipe.seed, epoch=0)[0]
-        shown = Table(
-            [prepared.splits.train.rows[i] for i in order], [prepared.splits.train.origins[i] for i in order], ""
-        )
-        scored = task.prompt(
-            backbone, table, shown, shots=shots, data=recipe.data, max_tokens=recipe.training.max_tokens
-        )
+        features = encoded[split].features
+        tokens = recipe.evaluation.batch_tokens
+        found = predict(prepared.adapted, task, features, pad_id=_pad_id(backbone), max_tokens=tokens, fast=fast)
+        return found, _as_metrics(task.metrics(found, intervals=True)), mean_loss(found, features)
+    train = prepared.splits.train
+    order = step_order(len(train), len(train), seed=recipe.seed, epoch=0)[0]
+    shown = Table([train.rows[i] for i in order], [train.origins[i] for i in order], "")
+    limit = recipe.training.max_tokens
+    scored = task.prompt(backbone, table, shown, shots=shots, data=recipe.data, max_tokens=limit)
     if isinstance(scored, list):
         return scored, _as_metrics(task.metrics(scored, intervals=True)), None
     found = predict(

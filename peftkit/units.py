@@ -19,13 +19,15 @@ def format_bytes(num_bytes: float) -> str:
 def format_count(count: float) -> str:
     """`338690` -> `339k`; three significant digits with k, M, B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= limit:
+        if abs(count) >= limit * (1 - 5e-4):  # what three digits round up to it is shown as it
             return f"{count / limit:.3g}{unit}"
     return f"{count:.0f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """`75.3` -> `1m15s`; below ten seconds one decimal."""
+    """`75.3` -> `1m15s`; below ten seconds one decimal, below a tenth of one in milliseconds."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1000:.2g}ms"
     if seconds < 10:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

@@ -23,7 +23,7 @@ RINGS = {
     0: {"errors", "units", "stats", "files", "cache", "spec", "environment"},
     1: {"methods", "tasks", "data", "backbones", "kernels"},
     2: {"recipe", "record", "folder"},
-    3: {"run", "train", "plan", "deploy", "report", "presets", "doctor"},
+    3: {"run", "prepare", "train", "plan", "deploy", "report", "presets", "doctor"},
     4: {"cli", "bench"},
 }
 RING_OF = {name: ring for ring, names in RINGS.items() for name in names}

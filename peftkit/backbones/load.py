@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peftkit.backbones.dims import Dims, read_dims
-from peftkit.backbones.packaged import PACKAGED, gguf_folder, local_path
+from peftkit.backbones.packaged import PACKAGED, gguf_folder, is_unpacked, local_path
 from peftkit.backbones.quiet import quietly
 from peftkit.backbones.spec import BackboneSpec, Head
 from peftkit.errors import BackboneError, nearest
@@ -127,18 +127,29 @@ def resolve(spec: BackboneSpec) -> str:
 
 
 def read_config(spec: BackboneSpec) -> Any:
-    """The transformers configuration; for a known hub id that cannot be reached, the copy that ships with peftkit."""
+    """The transformers configuration, without fetching weights.
+
+    For a packaged backbone that is not unpacked, and for a known hub id that cannot be reached, it is the copy that
+    ships with peftkit.
+    """
     from peftkit.backbones.configs import bundled_config
 
+    bundled = bundled_config(spec.name)
+    if bundled is not None and spec.name in PACKAGED and not is_unpacked(spec.name):
+        return AutoConfig.from_pretrained(str(bundled))
     folder = resolve(spec)
     try:
         with _explained(spec):
             return AutoConfig.from_pretrained(folder, **_reference(spec))
     except BackboneError:
-        bundled = bundled_config(spec.name)
         if bundled is None:
             raise
         return AutoConfig.from_pretrained(str(bundled))
+
+
+def is_on_disk(spec: BackboneSpec) -> bool:
+    """Whether configuration and tokenizer can be read without fetching anything."""
+    return is_unpacked(spec.name) or Path(spec.name).expanduser().exists()
 
 
 def dims_of(spec: BackboneSpec, head: Head, config: Any = None) -> Dims:

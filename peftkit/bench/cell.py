@@ -94,16 +94,9 @@ def run_cell(folder: Path) -> RunRecord:
 def _status(fault: Exception) -> Status:
     if isinstance(fault, Diverged):
         return "diverged"
-    return "oom" if isinstance(fault, OutOfMemory) or _is_out_of_memory(fault) else "failed"
+    from peftkit.train.retry import is_out_of_memory
 
-
-def _is_out_of_memory(fault: Exception) -> bool:
-    """Whether the machine or the device ran out; on a CPU, torch says so in a plain RuntimeError."""
-    import torch
-
-    if isinstance(fault, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(fault, RuntimeError) and "can't allocate memory" in str(fault)
+    return "oom" if isinstance(fault, OutOfMemory) or is_out_of_memory(fault) else "failed"
 
 
 def _reason(fault: Exception) -> str:

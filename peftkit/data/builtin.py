@@ -102,12 +102,21 @@ def load_builtin(name: str, split: Split) -> Dataset:
             f"no packaged data set is called {name!r}{nearest(name, builtin_names())}. "
             f"There are: {', '.join(f'builtin:{known}' for known in builtin_names())}."
         )
-    folder = home() / "datasets" / f"{name}-v{PREPARATION_VERSION}"
+    folder = _folder(name)
     build_once(folder, lambda staging: _prepare(BUILTINS[name], staging))
     from datasets import Dataset
 
     with quiet_datasets() as scratch:
         return Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=scratch, keep_in_memory=True)
+
+
+def is_prepared(name: str) -> bool:
+    """Whether a packaged data set lies in the cache already."""
+    return _folder(name).is_dir()
+
+
+def _folder(name: str) -> Path:
+    return home() / "datasets" / f"{name}-v{PREPARATION_VERSION}"
 
 
 def normalised(text: str) -> str:

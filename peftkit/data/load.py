@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
-from peftkit.data.builtin import load_builtin
+from peftkit.data.builtin import is_prepared, load_builtin
 from peftkit.data.formats import canonical_rows
 from peftkit.data.readers import READERS, Raw, dataset_rows, read_file
 from peftkit.data.spec import DataSpec, Split
@@ -77,6 +78,15 @@ def read_source(source: str, split: Split) -> Raw:
         name=source,
         untyped=all(part.untyped for part in parts),
     )
+
+
+def is_at_hand(source: str) -> bool:
+    """Whether a source can be read without fetching: files that are there, a packaged data set in the cache."""
+    if source.startswith(BUILTIN_PREFIX):
+        return is_prepared(source.removeprefix(BUILTIN_PREFIX))
+    if re.search(r"[*?\[]", source):
+        return bool(glob(source, recursive=True))
+    return Path(source).expanduser().exists()
 
 
 def _files(source: str, split: Split) -> list[Path] | None:

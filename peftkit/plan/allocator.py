@@ -7,6 +7,7 @@ The rules are those of `c10/cuda/CUDACachingAllocator.cpp` (torch 2.x, default s
   least 512 bytes (small pool) or more than 1 MiB (large pool; a smaller rest stays part of the allocation);
 - without such a block the card gives a segment: 2 MiB for the small pool; for the large one 20 MiB below 10 MiB, else
   the size rounded up to 2 MiB; freed neighbours of one segment merge, and segments are kept;
+- each segment lies below those before it, as CUDA's driver hands out addresses: among equal blocks the newest is taken;
 - when the card is full, segments without a live block are returned and the request is tried once more;
 - with expandable segments each pool is one address range, backed by pages of 2 MiB (small) or 20 MiB (large) that are
   mapped at the lowest address where the request fits and, when the card is full, unmapped where a page is wholly free;
@@ -33,6 +34,8 @@ LARGE_SEGMENT_LIMIT = 10 * MIB
 SEGMENT_GRANULE = 2 * MIB
 ADDRESS_SPACE = LARGE_SEGMENT << 24
 """Bytes of an expandable segment's range: more than any card holds, and whole pages of either size."""
+HIGHEST_ADDRESS = 1 << 50
+"""Where the first segment ends: more than any run reserves, returned segments included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ class CachingAllocator:
             self._small.add_unmapped(_Block(0, ADDRESS_SPACE, mapped=False))
             self._large.add_unmapped(_Block(ADDRESS_SPACE, ADDRESS_SPACE, mapped=False))
         self._live: dict[int, tuple[_Block, _Pool]] = {}
-        self._next_address = 0
+        self._next_address = HIGHEST_ADDRESS
         self._allocated = 0
         self._reserved = 0
         self._retries = 0
@@ -297,8 +300,8 @@ class CachingAllocator:
             segment_bytes = _round_up(size, SEGMENT_GRANULE)
         if not self._reserve(segment_bytes):
             return None
-        self._next_address += segment_bytes
-        return _Block(self._next_address - segment_bytes, segment_bytes)
+        self._next_address -= segment_bytes
+        return _Block(self._next_address, segment_bytes)
 
     def _extend(self, pool: _Pool, size: int) -> _Block | None:
         """The lowest stretch of free and unmapped blocks that holds `size` bytes, mapped as far as needed."""

@@ -91,12 +91,19 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's choice among its fused kernels: flash without a mask, memory-efficient else; a plain product never."""
-    if (repeat_heads or not architecture.flash or attn_mask is not None) and key.shape[1] != query.shape[1]:
+    """torch's choice: flash without a mask, else memory-efficient given a key for each query head, else products."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
+    if repeat_heads and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
     if architecture.flash and attn_mask is None and not repeat_heads and query.dtype in HALF:
         return flash_attention(query, key, value, dropout=dropout_p, causal=is_causal, scale=scale)
+    if key.shape[1] != query.shape[1]:
+        plain: Tensor = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
+        return plain
     bias = None if attn_mask is None else _attention_bias(attn_mask, query, key)
     keeps = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     out: Tensor = aten._scaled_dot_product_efficient_attention(

@@ -6,7 +6,9 @@ batches are padded and masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,10 +18,11 @@ from peftkit.backbones.load import build_skeleton
 from peftkit.backbones.quiet import quietly
 from peftkit.backbones.spec import Head
 from peftkit.plan.cuda_operators import Architecture, cuda_operators, scratch_of
-from peftkit.plan.fake import fake_tensors, materialize, quantize_linears
+from peftkit.plan.depth import depth_of, shorten_config, singles_out, trace_deep
+from peftkit.plan.fake import fake_tensors, materialize, quantize_linears, without_collection
 from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
 from peftkit.plan.simulation import Simulation, summarize
-from peftkit.plan.storages import StorageTracker
+from peftkit.plan.storages import StorageTracker, Stream
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -61,6 +64,22 @@ class PeerSettings:
 
 def simulate_peer(settings: PeerSettings, config: Any) -> Simulation:
     """Memory of the step of `settings` for the model of a transformers configuration, on a CUDA device."""
+    options = {} if settings.adapter is None else settings.adapter.to_dict()
+    named = {key: options.get(key) for key in ("target_modules", "layers_to_transform", "rank_pattern")}
+    depth = depth_of(build_skeleton(config, Head("language")), config, None if singles_out(named) else [])
+
+    def trace(stretches: Sequence[int]) -> Stream:
+        short = shorten_config(config, depth.num_layers(stretches))
+        depth.is_shortened(build_skeleton(short, Head("language")), short)
+        return _trace(replace(settings, adapter=copy.deepcopy(settings.adapter)), short)
+
+    with without_collection():
+        stream = trace_deep(depth, trace)
+        return summarize(stream, context_bytes=settings.architecture.context_bytes, vocab=config.vocab_size)
+
+
+def _trace(settings: PeerSettings, config: Any) -> Stream:
+    """The stream of the steps; the adapter's configuration is filled in."""
     architecture = settings.architecture
     tracker = StorageTracker(scratch_of(architecture), workspace_bytes=architecture.workspace_bytes)
     with (
@@ -75,7 +94,7 @@ def simulate_peer(settings: PeerSettings, config: Any) -> Simulation:
         tracker.watch(model)
         tracker.empty_cache()
         _train(settings, model, tracker, config.vocab_size)
-    return summarize(tracker.stream, context_bytes=architecture.context_bytes, vocab=config.vocab_size)
+    return tracker.take()
 
 
 def _build_model(settings: PeerSettings, config: Any) -> Any:

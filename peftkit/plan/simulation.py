@@ -10,7 +10,17 @@ from peftkit.backbones.dims import LAYER_INDEX
 from peftkit.plan.allocator import CachingAllocator
 from peftkit.plan.storages import Birth, Stream
 
+SHOWN = 500
+"""A timeline shows changes of more than one part of the peak in so many."""
 KINDS = {"self_attn": "attention", "attention": "attention", "mlp": "feed-forward", "intermediate": "feed-forward"}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is allocated at one time of the step, by term."""
+
+    phase: str
+    terms: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,9 @@ class Simulation:
         phase: in which allocated peaks.
         terms: bytes at that moment by what they are; with the allocator's slack and the context they sum to the total.
         phase_peaks: allocated by phase.
-        timeline: phase and allocated bytes, at every change of more than a thousandth of the peak.
+        first_step_bytes: peak of allocated in the first step, before the optimizer has any state.
+        timeline: of the last step, at every change of more than a five-hundredth of the peak.
+        work: phase, floating-point operations and bytes read and written of what ran, operator by operator.
         flops: floating-point operations by phase.
         moved_bytes: read and written by operators, by phase.
     """
@@ -35,7 +47,9 @@ class Simulation:
     phase: str
     terms: dict[str, int]
     phase_peaks: dict[str, int]
-    timeline: list[tuple[str, int]] = field(repr=False)
+    first_step_bytes: int
+    timeline: list[Moment] = field(repr=False)
+    work: list[tuple[str, int, int]] = field(repr=False)
     flops: dict[str, int]
     moved_bytes: dict[str, int]
 
@@ -56,6 +70,7 @@ def summarize(
     """
     peaks = _walk(stream, on_card=on_card, expandable=expandable)
     steps = {phase: value for phase, value in peaks.allocated.items() if not phase.endswith("*")}
+    first = [value for phase, value in peaks.allocated.items() if phase.endswith("*") and phase != "load*"]
     phase = max(steps, key=lambda name: steps[name])
     terms: Counter[str] = Counter()
     for number in stream.live_at(peaks.event[phase]):
@@ -69,7 +84,9 @@ def summarize(
         phase=phase,
         terms=dict(terms) | {"allocator slack": slack, "context": context_bytes},
         phase_peaks=steps,
-        timeline=peaks.curve,
+        first_step_bytes=max(first, default=steps[phase]),
+        timeline=_timeline(stream, vocab, steps[phase]),
+        work=[(stream.phases[work.phases - 1][1], work.flops, work.moved_bytes) for work in stream.work if work.phases],
         flops=dict(stream.flops),
         moved_bytes=dict(stream.moved_bytes),
     )
@@ -95,19 +112,18 @@ def term_of(birth: Birth, vocab: int) -> str:
 
 @dataclass(slots=True)
 class _Peaks:
-    """Allocated peaks by phase with the event of each, the reserved peak of all, and the curve of allocated."""
+    """Allocated peaks by phase with the event of each, and the reserved peak of all."""
 
     allocated: dict[str, int] = field(default_factory=dict)
     event: dict[str, int] = field(default_factory=dict)
     reserved: int = 0
-    curve: list[tuple[str, int]] = field(default_factory=list)
 
 
 def _walk(stream: Stream, *, on_card: bool, expandable: bool) -> _Peaks:
     """Follow the stream through the allocator, or add it up; reserved counts from the first step on."""
     allocator = CachingAllocator(expandable=expandable)
     starts = dict(stream.phases)
-    peaks, phase, held, highest, last = _Peaks(), "", 0, 0, 0
+    peaks, phase, held = _Peaks(), "", 0
     for index, event in enumerate(stream.events):
         phase = starts.get(index, phase)
         if not on_card:
@@ -124,8 +140,22 @@ def _walk(stream: Stream, *, on_card: bool, expandable: bool) -> _Peaks:
             peaks.allocated[phase], peaks.event[phase] = held, index
         if not phase.startswith("load"):
             peaks.reserved = max(peaks.reserved, allocator.reserved_bytes if on_card else held)
-        highest = max(highest, held)
-        if abs(held - last) * 1000 > highest:
-            peaks.curve.append((phase, held))
-            last = held
     return peaks
+
+
+def _timeline(stream: Stream, vocab: int, peak: int) -> list[Moment]:
+    """What lives through the last step, by term; small changes are left out, and what dies after the last birth."""
+    starts = dict(stream.phases)
+    end = max((index for index, event in enumerate(stream.events) if event.num_bytes), default=0)
+    terms: Counter[str] = Counter()
+    moments: list[Moment] = []
+    phase, changed = "", 0
+    for index, event in enumerate(stream.events[: end + 1]):
+        phase = starts.get(index, phase)
+        birth = stream.births[event.tensor]
+        terms[term_of(birth, vocab)] += birth.num_bytes if event.num_bytes else -birth.num_bytes
+        changed += birth.num_bytes
+        if not phase.endswith("*") and changed * SHOWN > peak:
+            moments.append(Moment(phase, dict(+terms)))
+            changed = 0
+    return moments

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from peftkit.plan.allocator import Event
 
@@ -69,6 +70,21 @@ class Birth:
 
 
 @dataclass(slots=True)
+class Work:
+    """What operators do between one event or phase and the next.
+
+    Attributes:
+        events: so many happened before.
+        phases: so many began before.
+    """
+
+    events: int
+    phases: int
+    flops: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(slots=True)
 class Stream:
     """What happened, in order: births and deaths of storages, phases, and the work of all operators.
 
@@ -77,16 +93,52 @@ class Stream:
         births: by number.
         phases: the event each phase starts at, with its name.
         emptied: the events before which the allocator's cache was emptied.
-        flops: floating-point operations by phase.
-        moved_bytes: bytes that operators read and write, by phase.
+        work: of all operators, in order.
     """
 
     events: list[Event] = field(default_factory=list)
     births: list[Birth] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
     emptied: set[int] = field(default_factory=set)
-    flops: dict[str, int] = field(default_factory=dict)
-    moved_bytes: dict[str, int] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Floating-point operations by phase."""
+        return self._by_phase(work.flops for work in self.work)
+
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that operators read and write, by phase."""
+        return self._by_phase(work.moved_bytes for work in self.work)
+
+    def add_work(self, flops: int, moved_bytes: int) -> None:
+        """Note what an operator does now."""
+        now = len(self.events), len(self.phases)
+        if not self.work or (self.work[-1].events, self.work[-1].phases) != now:
+            self.work.append(Work(*now))
+        self.work[-1].flops += flops
+        self.work[-1].moved_bytes += moved_bytes
+
+    def order_deaths(self) -> None:
+        """Put storages that die together in the order of their births: autocast, for one, drops its copies in any."""
+        apart = {work.events for work in self.work} | {start for start, _ in self.phases} | self.emptied
+        start = 0
+        for index in range(1, len(self.events) + 1):
+            if index == len(self.events) or index in apart or self.events[index].num_bytes:
+                if not self.events[start].num_bytes:
+                    self.events[start:index] = sorted(self.events[start:index], key=lambda event: event.tensor)
+                start = index
+            elif self.events[start].num_bytes:
+                start = index
+
+    def _by_phase(self, amounts: Iterable[int]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for work, amount in zip(self.work, amounts, strict=True):
+            phase = self.phases[work.phases - 1][1] if work.phases else ""
+            if amount:
+                found[phase] = found.get(phase, 0) + amount
+        return found
 
     def phase_at(self, event: int) -> str:
         """The phase that an event belongs to."""
@@ -119,12 +171,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._workspace_bytes, self._workspaces = workspace_bytes, set[bool]()
         self._numbers: dict[int, int] = {}
         self._modules: list[str] = [""]
+        self._paths: dict[int, str] = {}
+        self._hooks: list[RemovableHandle] = []
         self._host: set[int] = set()
+        self._on_host = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # autograd asks it of every fake tensor that it meets
+            return args[0].device
         if func is aten.add.Tensor and (index := _summed_into(args, self._alone)) is not None:
             self._count(func, args, kwargs, args[0])
             return args[index].add_(args[1 - index])
@@ -135,9 +190,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = [self._born(size, str(func), 0) for size in sizes] if scratch and scratch.first else []
         out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, func)
+        for tensor in _tensors((out,)):
+            self._see(tensor, func)
         held = held or [self._born(size, str(func), 0) for size in sizes]
         self.stream.events.extend(Event(number, 0) for number in held)
         return out
@@ -157,15 +211,41 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = phase
         self.stream.phases.append((len(self.stream.events), phase))
 
+    def take(self) -> Stream:
+        """What was written so far; what happens from here on is not part of it."""
+        taken, self.stream = self.stream, Stream()
+        taken.order_deaths()
+        return taken
+
     def empty_cache(self) -> None:
         """The run returns what it does not use to the card here."""
         self.stream.emptied.add(len(self.stream.events))
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is born inside is not on the device."""
+        self._on_host = True
+        try:
+            yield
+        finally:
+            self._on_host = False
+
     def watch(self, model: nn.Module) -> None:
-        """Tell births by the module that is running, in its forward pass."""
-        for path, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._entered, path), with_kwargs=True)
-            module.register_forward_hook(self._left, always_call=True)
+        """Tell births by the module that is running, in its forward pass, until this mode ends.
+
+        The hooks are torch's global ones: modules with hooks of their own are computed another way by fast paths.
+        """
+        self._paths |= {id(module): path for path, module in model.named_modules()}
+        if not self._hooks:
+            self._hooks += [
+                register_module_forward_pre_hook(self._entered),
+                register_module_forward_hook(self._left, always_call=True),
+            ]
+
+    def __exit__(self, *fault: Any) -> None:
+        super().__exit__(*fault)  # type: ignore[no-untyped-call]
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def adopt(self, tensors: Iterator[tuple[str, Tensor]], kind: str) -> None:
         """Count tensors that are there already, or say what those are that were seen being born."""
@@ -195,7 +275,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._numbers.get(key)
         if known is not None:
             return known
-        if key in self._host or func is aten.lift_fresh.default:
+        if key in self._host or self._on_host or func is aten.lift_fresh.default:
             # constants that Python writes down live on the host, whatever the device
             if key not in self._host:
                 self._host.add(key)
@@ -220,17 +300,15 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stream.events.append(Event(number, 0))
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        stream, phase = self.stream, self.phase
         packet = func._overloadpacket
         counted = flop_registry.get(IN_PLACE.get(packet, packet))
-        if counted is not None:
-            stream.flops[phase] = stream.flops.get(phase, 0) + int(counted(*args, **kwargs, out_val=out))
-        if not func.is_view:
-            moved = sum(t.nbytes for t in tree_iter((args, out)) if isinstance(t, Tensor))
-            stream.moved_bytes[phase] = stream.moved_bytes.get(phase, 0) + moved
+        flops = 0 if counted is None else int(counted(*args, **kwargs, out_val=out))
+        moved = 0 if func.is_view else sum(tensor.nbytes for tensor in _tensors((args, out)))
+        if flops or moved:
+            self.stream.add_work(flops, moved)
 
-    def _entered(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._modules.append(path)
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        self._modules.append(self._paths.get(id(module), self._modules[-1]))
 
     def _left(self, module: nn.Module, args: Any, out: Any) -> None:
         self._modules.pop()
@@ -255,6 +333,15 @@ def _engine_holders() -> tuple[int, int]:
         (x.sin() + x.exp()).sum().backward()  # type: ignore[no-untyped-call]
     holders: tuple[int, int] = mode.holders
     return holders
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or outputs."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _holders(args: Sequence[Any], index: int) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def scatter(rows: Sequence[CellRow], path: Path, *, title: str = "") -> bool:
     canvas.draw()  # places are known in pixels from here on
     for axes, points, texts in drawn:
         _label_points(axes, points, texts)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -262,7 +262,12 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        OutputError: `path` cannot be written.
+    """
     staging = path.with_name(STAGING_PREFIX + path.name)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

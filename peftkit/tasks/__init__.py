@@ -28,6 +28,15 @@ def read_head(spec: AnyTask, train: Table) -> Head:
     return LANGUAGE_HEAD
 
 
+def assume_head(spec: AnyTask) -> Head:
+    """The head a task needs, before any data are read."""
+    if isinstance(spec, Classify):
+        from peftkit.tasks.classify import assume_head as assume_labels
+
+        return assume_labels(spec)
+    return LANGUAGE_HEAD
+
+
 def open_task(spec: AnyTask, head: Head) -> Task:
     """The runtime of a task spec."""
     from peftkit.tasks.chat import ChatTask

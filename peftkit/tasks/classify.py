@@ -203,6 +203,12 @@ def read_head(spec: Classify, train: Table) -> Head:
     return Head("classification", names, problem)
 
 
+def assume_head(spec: Classify) -> Head:
+    """The head before any data are read: the recipe's labels, or two of one kind."""
+    problem = PROBLEMS.get(spec.problem, PROBLEMS["single-label"])
+    return Head("classification", () if problem == "regression" else tuple(spec.labels or ("0", "1")), problem)
+
+
 def _problem(spec: Classify, labels: list[Any]) -> Problem:
     if spec.problem != "auto":
         return PROBLEMS[spec.problem]

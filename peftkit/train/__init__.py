@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 
 class _Verb(ModuleType):
     def __call__(
-        self, recipe: Recipe, out: str | Path, *, resume: bool = False, observer: Observer | None = None
+        self,
+        recipe: Recipe,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        planned: bool = True,
+        observer: Observer | None = None,
     ) -> RunRecord:
         from peftkit.run import train
 
-        return train(recipe, out, resume=resume, observer=observer)
+        return train(recipe, out, resume=resume, planned=planned, observer=observer)
 
 
 sys.modules[__name__].__class__ = _Verb

@@ -9,11 +9,13 @@ from typing import Any
 
 from peftkit.data.batching import Batch, collate, micro_batches, pack, packs
 from peftkit.data.features import Features
+from peftkit.errors import MethodError
 from peftkit.kernels.attention import packed_attention
 from peftkit.kernels.install import install_kernels
 from peftkit.kernels.loss import head_trouble
 from peftkit.kernels.packed import packing_trouble
 from peftkit.kernels.spec import Kernels
+from peftkit.recipe import Recipe
 
 Say = Callable[[str], None]
 
@@ -46,6 +48,8 @@ class FastPath:
         for name, trouble in (("packing", packing), ("loss", head)):
             if trouble is not None:
                 say(f"training.kernels.{name} is off: {trouble}")
+        if kernels.attention and not kernels.packing:
+            say("training.kernels.attention is off: its batches are packed, and training.kernels.packing is false")
         for done in install_kernels(model, kernels):
             say(done)
         return cls(
@@ -55,6 +59,19 @@ class FastPath:
             pad_id=pad_id,
             model=model,
         )
+
+    def check_recomputing(self, recipe: Recipe) -> None:
+        """Refuse recomputation where it would not see what the method trains.
+
+        Raises:
+            MethodError: with the remedy.
+        """
+        checkpointing = recipe.training.checkpointing
+        if checkpointing not in ("auto", "off") and not self.packed and not recipe.method.checkpointable:
+            raise MethodError(
+                f"training.checkpointing={checkpointing} with method {recipe.method.kind!r} needs packed batches, "
+                "which this backbone cannot take. Set training.checkpointing=off."
+            )
 
     def active(self) -> AbstractContextManager[None]:
         """Around every forward and backward."""

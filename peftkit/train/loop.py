@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
-import torch
 from accelerate import Accelerator
+from torch import nn
 
-from peftkit.data.batching import Batch, step_order
+from peftkit.data.batching import step_order
 from peftkit.data.features import Features
-from peftkit.errors import InputError, OutOfMemory
+from peftkit.errors import InputError
 from peftkit.files import append_json_line, write_json_lines
 from peftkit.methods.base import Adapted
 from peftkit.recipe import Evaluation, Training
 from peftkit.record import Loss
 from peftkit.tasks.base import Score, Task
 from peftkit.train import checkpoint
-from peftkit.train.activation_cache import ActivationCache, cache_activations, replaying
+from peftkit.train.activation_cache import ActivationCache, cache_activations
 from peftkit.train.activations import open_offload, set_checkpointing
 from peftkit.train.fastpath import FastPath
+from peftkit.train.gradients import Gradients
 from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
-from peftkit.train.meter import Meter, make_resident
-from peftkit.train.optimizers import learning_rate, open_updates
+from peftkit.train.meter import Meter, TensorPeak, make_resident
+from peftkit.train.optimizers import Updates, learning_rate, open_updates
+from peftkit.train.retry import MicroBatch, explained, remedy
 from peftkit.train.scoring import computing, mean_loss, predict
 
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -60,9 +62,23 @@ class Observer(Protocol):
     def say(self, text: str) -> None: ...
 
 
+class Watch(Protocol):
+    """Whoever looks at the memory of some steps."""
+
+    def during(self, step: int, model: nn.Module, updates: Updates) -> AbstractContextManager[TensorPeak | None]:
+        """Around a step, counted from 0."""
+
+    def judge(self, step: int, num_bytes: int) -> None:
+        """What tensors held at once in a step; 0 where nobody counted."""
+
+
 @dataclass(slots=True)
 class LoopState:
-    """Where the loop stands; all of it is in a checkpoint."""
+    """Where the loop stands; all of it is in a checkpoint.
+
+    Attributes:
+        micro_batch: what stands in for the recipe's since memory ran out with that; None while it has not.
+    """
 
     step: int = 0
     first_loss: float | None = None
@@ -73,6 +89,7 @@ class LoopState:
     best_step: int | None = None
     scorings_since_best: int = 0
     stopped: bool = False
+    micro_batch: int | str | None = None
     guards: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -105,12 +122,13 @@ class Loop:
         folder: Path,
         accelerator: Accelerator,
         observer: Observer,
+        watch: Watch | None = None,
     ) -> None:
         if accelerator.num_processes > 1:
             raise InputError("this version trains on one device. Start it without `accelerate launch`.")
         self.adapted, self.task, self.training, self.evaluation = adapted, task, training, evaluation
         self.train, self.validation, self.fast, self.seed = train, validation, fast, seed
-        self.folder, self.observer, self.accelerator = folder, observer, accelerator
+        self.folder, self.observer, self.accelerator, self.watch = folder, observer, accelerator, watch
         self.selection = self._selection()
         self.trainable = adapted.trainable()
         self.steps_per_epoch = math.ceil(len(train) / training.batch_size)
@@ -121,8 +139,11 @@ class Loop:
         self.state = LoopState()
         self._order: tuple[int, list[npt.NDArray[Any]]] = (-1, [])
         set_checkpointing(adapted.model, training.checkpointing)
-        self.saving = open_offload(adapted.model, self.device) if training.offload_activations else nullcontext()
+        saving = open_offload(adapted.model, self.device) if training.offload_activations else nullcontext()
         self.caches = self._open_caches() if training.activation_cache else (None, None)
+        self.gradients = Gradients(
+            adapted, task, training, self.updates, fast, accelerator, cache=self.caches[0], saving=saving
+        )
 
     def fit(self, *, resume: bool = False) -> Fitted:
         """Train to the end, from the newest checkpoint when `resume` and there is one.
@@ -136,7 +157,7 @@ class Loop:
             self._resume()
         make_resident(self.adapted.model)
         guard = MovementGuard(self.trainable) if self.state.step < SETTLED_STEPS else None
-        try:
+        with explained("training", remedy(self.training)):
             while self.state.step < self.total_steps and not self.state.stopped:
                 self._advance(guard)
                 if guard is not None and self.state.step >= min(SETTLED_STEPS, self.total_steps):
@@ -146,30 +167,19 @@ class Loop:
                     self._validate()
                 if self.state.step % self.training.checkpoint_every == 0 and self.state.step < self.total_steps:
                     self._save()
-        except (torch.OutOfMemoryError, MemoryError) as fault:
-            raise OutOfMemory(
-                f"{fault} Try a smaller training.micro_batch, training.max_tokens or backbone."
-            ) from fault
-        except RuntimeError as fault:
-            if "can't allocate memory" in str(fault) or "not enough memory" in str(fault):
-                raise OutOfMemory(f"{fault} Try a smaller training.micro_batch or training.max_tokens.") from fault
-            raise
         return self._finish()
 
     def _advance(self, guard: MovementGuard | None) -> None:
         """One optimizer step; its loss is the mean over all loss units of the step, however it is cut."""
-        state, examples = self.state, self._examples(self.state.step)
+        state, examples, given = self.state, self._examples(self.state.step), self._micro_batch()
         units = sum(example.loss_units for example in examples)
         rate = learning_rate(self.training, state.step, self.total_steps)
         self.updates.set_rate(rate)
         self.adapted.model.train()
-        with self.meter.step():
-            total = torch.zeros((), device=self.device)
-            batches = list(self._batches(examples))
-            for number, batch in enumerate(batches, start=1):
-                if number == len(batches):
-                    self.updates.begin_last_micro_batch()
-                total += self._backward(batch.to(self.device), units)
+        watched = None if self.watch is None else self.watch.during(state.step, self.adapted.model, self.updates)
+        with self.meter.step(watched):
+            taken = self.gradients.accumulate(examples, given, where=f"step {state.step + 1}")
+            for batch in taken.batches:
                 self.meter.count(
                     samples=len(batch.rows),
                     tokens=int(batch.lengths.sum()),
@@ -177,27 +187,22 @@ class Loop:
                     loss_tokens=batch.loss_units,
                 )
             norm = self.updates.gradient_norm()
-            mean, gradient_norm = float(total) / units, float(norm)
+            mean, gradient_norm = float(taken.loss) / units, float(norm)
             require_finite(mean, gradient_norm, state.step + 1)
             if guard is not None:
                 guard.see_gradients(self.updates.received())
-            self.updates.finish()
+            with explained(f"the optimizer's update of step {state.step + 1}", "Try training.optimizer=adamw-8bit."):
+                self.updates.finish()
+        if taken.micro_batch != given:
+            self._keep(taken.micro_batch, given)
+        if self.watch is not None and state.micro_batch is None:  # the plan is of the recipe's own
+            self.watch.judge(state.step, self.meter.tensor_bytes)
         state.step += 1
         state.first_loss = mean if state.first_loss is None else state.first_loss
         state.last_loss = mean
         state.loss_sum += mean * units
         state.loss_units += units
         self._report(mean, gradient_norm, rate)
-
-    def _backward(self, batch: Batch, units: int) -> torch.Tensor:
-        """The batch's summed loss; its gradient, as a part of the step's mean, is added to the parameters'."""
-        with self.fast.active():
-            with computing(self.adapted, self.device), replaying(self.caches[0], batch), self.saving:
-                loss = self.task.loss(
-                    self.adapted.model, batch, smoothing=self.training.label_smoothing, fused=self.fast.fused_loss
-                )
-            self.accelerator.backward(loss / units)
-        return loss.detach()
 
     def _open_caches(self) -> tuple[ActivationCache, ActivationCache | None]:
         """Caches of the frozen layers' output: of the training split, and of the one to validate on."""
@@ -220,14 +225,19 @@ class Loop:
             self._order = (epoch, order)
         return [self.train[position] for position in self._order[1][index]]
 
-    def _batches(self, examples: list[Features]) -> Iterator[Batch]:
-        match self.training.micro_batch:
-            case "auto":
-                return self.fast.batches(examples, max_tokens=AUTO_TOKENS.get(self.device.type, 8192))
-            case int(count):
-                return self.fast.batches(examples, max_examples=count)
-            case budget:
-                return self.fast.batches(examples, max_tokens=int(budget.split()[0]))
+    def _micro_batch(self) -> MicroBatch:
+        setting = self.state.micro_batch or self.training.micro_batch
+        return MicroBatch.of(setting, auto_tokens=AUTO_TOKENS.get(self.device.type, 8192))
+
+    def _keep(self, smaller: MicroBatch, given: MicroBatch) -> None:
+        """Take this step's smaller micro-batch for all that follow, and tell."""
+        state, before, now = self.state, given.setting, smaller.setting
+        state.micro_batch = now
+        state.guards.setdefault("oom_retries", []).append({"step": state.step + 1, "from": before, "to": now})
+        self.observer.say(
+            f"step {state.step + 1} ran out of memory with training.micro_batch={before!r} and was taken with {now!r}, "
+            "which stays; neither the examples of a step nor its loss change"
+        )
 
     def _report(self, loss: float, gradient_norm: float, rate: float) -> None:
         state, recent = self.state, self.meter.step_seconds[-20:]
@@ -259,7 +269,7 @@ class Loop:
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def _settle(self, guard: MovementGuard) -> None:
-        self.state.guards = guard.judge()
+        self.state.guards |= guard.judge()
         for key, trouble in (("without_gradient", "received no gradient"), ("unmoved", "did not move")):
             names = self.state.guards[key]
             if names:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -19,9 +19,21 @@ WARMUP_STEPS = 2
 """Steps left out of the step-time percentiles: allocations and caches settle in them."""
 
 
+class TensorPeak(Protocol):
+    """Most bytes that tensors held at once, once the step is over."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 @dataclass(slots=True)
 class Meter:
-    """Counters of one run. They are part of a checkpoint, so that a resumed run reports the whole."""
+    """Counters of one run. They are part of a checkpoint, so that a resumed run reports the whole.
+
+    Attributes:
+        tensor_bytes: most that tensors held at once in the last step that was watched; 0 before.
+        tensor_peak_bytes: the largest of these.
+    """
 
     device: torch.device
     samples: int = 0
@@ -34,15 +46,21 @@ class Meter:
     baseline_bytes: int | None = None
     peak_bytes: int = 0
     tensor_peak_bytes: int = 0
+    tensor_bytes: int = 0
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Measure one optimizer step."""
+    def step(self, watched: AbstractContextManager[TensorPeak | None] | None = None) -> Iterator[None]:
+        """Measure one optimizer step.
+
+        Args:
+            watched: counts the tensors of this step; on CUDA the allocator does.
+        """
         if self.baseline_bytes is None:
             self.baseline_bytes = self._held()
         self._reset_peak()
         wall, cpu = time.perf_counter(), time.process_time()
-        yield
+        with watched or nullcontext() as peak:
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - wall
@@ -50,6 +68,9 @@ class Meter:
         self.cpu_seconds += time.process_time() - cpu
         self.step_seconds.append(seconds)
         self._read_peak()
+        if peak is not None:
+            self.tensor_bytes = peak.num_bytes
+        self.tensor_peak_bytes = max(self.tensor_peak_bytes, self.tensor_bytes)
 
     def count(self, *, samples: int, tokens: int, padded_tokens: int, loss_tokens: int) -> None:
         """Add one forward's examples; `padded_tokens` includes the padding, `tokens` does not."""
@@ -108,7 +129,7 @@ class Meter:
     def _read_peak(self) -> None:
         if self.device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_reserved(self.device))
-            self.tensor_peak_bytes = max(self.tensor_peak_bytes, torch.cuda.max_memory_allocated(self.device))
+            self.tensor_bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self.peak_bytes = max(self.peak_bytes, _high_water() or self._held())
 

@@ -33,6 +33,9 @@ class Updates(Protocol):
     def finish(self) -> None:
         """Update what is not updated yet, and drop the gradients."""
 
+    def abandon(self) -> bool:
+        """Instead of finishing, drop the gradients; False when a part of the update was applied already."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -86,6 +89,11 @@ class AfterBackward:
         self._optimizer.zero_grad(set_to_none=True)
         self._norm = None
 
+    def abandon(self) -> bool:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._norm = None
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
 
@@ -128,6 +136,13 @@ class InBackward:
     def finish(self) -> None:
         self._update_rest()
         self._norms, self._last = {}, False
+
+    def abandon(self) -> bool:
+        untouched = not self._norms
+        for parameter in self._trainable.values():
+            parameter.grad = None
+        self._norms, self._last = {}, False
+        return untouched
 
     def state_dict(self) -> dict[str, Any]:
         return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}

@@ -18,7 +18,7 @@ from peftkit.data.batching import Batch, collate, pack
 from peftkit.data.features import IGNORED, Features
 from peftkit.kernels.attention import packed_attention
 from peftkit.kernels.loss import DIVISORS, FACTORS, HEADS, SOFTCAPS, head_trouble, linear_cross_entropy, read_head
-from peftkit.run import prepare
+from peftkit.prepare import prepare
 from peftkit.tasks.language import LanguageTask
 from peftkit.train.progress import PlainObserver
 

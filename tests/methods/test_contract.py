@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from peftkit.data.batching import collate
 from peftkit.errors import MethodError
+from peftkit.prepare import Prepared, prepare
 from peftkit.recipe import Recipe
-from peftkit.run import Prepared, open_run, prepare, train
+from peftkit.run import open_run, train
 from peftkit.train.fastpath import FastPath
 from peftkit.train.loop import Loop
 from peftkit.train.progress import PlainObserver

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.errors import OutOfMemory
-from peftkit.plan.allocator import ADDRESS_SPACE, CachingAllocator
+from peftkit.plan.allocator import ADDRESS_SPACE, HIGHEST_ADDRESS, CachingAllocator
 from peftkit.units import MIB
 
 Interval = tuple[int, int]
@@ -26,13 +26,13 @@ def gaps(taken: Iterable[Interval], begin: int, end: int) -> list[Interval]:
 
 
 class SegmentedTwin:
-    """Segments one behind the other, and where each storage lies."""
+    """Segments one below the other, from address 0 down, and where each storage lies."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.segments: dict[Interval, bool] = {}  # its stretch -> whether it is of the small pool
         self.live: dict[int, Interval] = {}
-        self.end = 0
+        self.lowest = 0
 
     @property
     def reserved(self) -> int:
@@ -60,9 +60,9 @@ class SegmentedTwin:
                 }
             if self.reserved + wanted > self.capacity:
                 return False
-            begin, end = self.end, self.end + wanted
+            begin, end = self.lowest - wanted, self.lowest
             self.segments[begin, end] = small
-            self.end = end
+            self.lowest = begin
         rest = end - begin - size
         self.live[tensor] = (begin, begin + size if rest > MIB or (small and rest) else end)
         return True
@@ -168,11 +168,9 @@ def test_every_block_lies_where_the_twin_puts_it(choices: list[int], expandable:
             gone = sorted(twin.live)[choice]
             allocator.free(gone)
             twin.free(gone)
-        spans = {
-            span.tensor: (span.address % ADDRESS_SPACE, span.address % ADDRESS_SPACE + span.num_bytes)
-            for span in allocator.snapshot()
-            if span.tensor is not None
-        }
+        live = [span for span in allocator.snapshot() if span.tensor is not None]
+        begins = [span.address % ADDRESS_SPACE if expandable else span.address - HIGHEST_ADDRESS for span in live]
+        spans = {span.tensor: (begin, begin + span.num_bytes) for span, begin in zip(live, begins, strict=True)}
         assert spans == twin.live
         assert allocator.reserved_bytes == twin.reserved
 

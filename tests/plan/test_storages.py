@@ -81,3 +81,44 @@ def test_a_product_added_in_place_is_work_too() -> None:
         tracker.enter("forward")
         torch.empty(2, 5).addmm_(torch.empty(2, 3), torch.empty(3, 5))
     assert tracker.stream.flops == {"forward": 2 * 2 * 3 * 5}
+
+
+def test_what_is_made_on_the_host_does_not_count() -> None:
+    with fake_tensors(masked=False), StorageTracker() as tracker:
+        with tracker.on_host():
+            kept = torch.empty(FLOATS)
+        kept += 1
+        made = torch.empty(FLOATS)
+        assert live_bytes(tracker) == BYTES
+        del kept, made
+
+
+def test_storages_that_die_together_die_in_the_order_of_their_births() -> None:
+    with fake_tensors(masked=False), StorageTracker() as tracker:
+        first, second, third = (torch.empty(FLOATS) for _ in range(3))
+        del third, first
+        second += 1  # work in between: what dies after it does not die with them
+        fourth = torch.empty(FLOATS)
+        del fourth, second
+    deaths = [event.tensor for event in tracker.take().events if not event.num_bytes]
+    assert deaths == [0, 2, 1, 3]
+
+
+def test_what_happens_after_the_stream_was_taken_is_not_part_of_it() -> None:
+    with fake_tensors(masked=False), StorageTracker() as tracker:
+        x = torch.empty(FLOATS)
+        stream = tracker.take()
+        del x
+    assert stream.events == [Event(0, BYTES)]
+
+
+def test_births_are_told_by_module_without_hooks_on_any() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
+    with fake_tensors(masked=False), StorageTracker() as tracker:
+        tracker.watch(model)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        model(torch.empty(5, 2))
+    before = len(tracker.stream.births)
+    model(torch.empty(5, 2))
+    assert [birth.module for birth in tracker.stream.births if birth.operator == "aten.relu.default"] == ["1"]
+    assert len(tracker.stream.births) == before

@@ -12,8 +12,9 @@ from peftkit.backbones.spec import Head
 from peftkit.data.batching import collate
 from peftkit.data.table import Table
 from peftkit.errors import DataError
+from peftkit.prepare import Prepared, prepare
 from peftkit.recipe import build_recipe
-from peftkit.run import Prepared, prepare, train
+from peftkit.run import train
 from peftkit.tasks import read_head
 from peftkit.tasks.classify import ClassifyTask
 from peftkit.tasks.spec import Classify

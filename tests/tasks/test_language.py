@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from peftkit.data.batching import Batch, collate
 from peftkit.data.features import IGNORED, Features
-from peftkit.run import Prepared, prepare
+from peftkit.prepare import Prepared, prepare
 from peftkit.tasks.language import labelled_logits
 from peftkit.train.progress import PlainObserver
 

@@ -24,8 +24,8 @@ from peftkit.data.batching import Batch, collate, pack
 from peftkit.data.features import Features
 from peftkit.errors import InputError
 from peftkit.methods.base import Adapted
+from peftkit.prepare import prepare
 from peftkit.recipe import Recipe
-from peftkit.run import prepare
 from peftkit.tasks.base import Task
 from peftkit.train import activation_cache
 from peftkit.train.activation_cache import ActivationCache, cache_activations, open_cache, replaying

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,29 @@ def test_the_same_seed_gives_the_same_loss_as_on_the_cpu(chat_recipe: Any, tmp_p
     on_cuda = train(recipe, tmp_path / "cuda")
     assert on_cuda.loss is not None
     assert on_cuda.loss.first == pytest.approx(10.8, abs=0.2)  # ln of a vocabulary of 49,152, untrained
+
+
+def test_a_step_that_does_not_fit_is_taken_in_smaller_forwards(chat_recipe: Any, tmp_path: Path) -> None:
+    # The allocator may reserve what the smallest forwards did, and less than the largest one's tensors take.
+    common = ("training.max_steps=2", "training.kernels.loss=false", "data.validation=null", "data.test=null")
+    peaks = []
+    for count in (1, 1, 8):  # the first of them also makes what stays, such as workspaces
+        gc.collect()
+        torch.cuda.empty_cache()
+        record = train(chat_recipe(f"training.micro_batch={count}", *common), tmp_path / f"{len(peaks)}")
+        assert record.memory is not None
+        peaks.append((record.memory.peak_bytes or 0, record.memory.tensor_peak_bytes or 0))
+    least, most = peaks[1][0], peaks[2][1]
+    assert least < most
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((least + most) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        record = train(chat_recipe("training.micro_batch=8", *common), tmp_path / "scarce")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (retry,) = record.guards["oom_retries"]
+    assert (retry["step"], retry["from"]) == (1, 8)
+    assert retry["to"] < 8
+    assert record.throughput is not None
+    assert record.throughput.samples == 16

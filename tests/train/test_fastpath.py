@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftkit.errors import InputError, MethodError
 from peftkit.kernels.spec import Kernels
+from peftkit.prepare import prepare
 from peftkit.recipe import Recipe
 from peftkit.record import RunRecord
-from peftkit.run import prepare, train
+from peftkit.run import train
 from peftkit.train.fastpath import FastPath
 from peftkit.train.progress import PlainObserver
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from peftkit.data.batching import micro_batches
 from peftkit.errors import Diverged, GuardTripped, InputError
+from peftkit.prepare import prepare
 from peftkit.recipe import Recipe, Training
-from peftkit.run import evaluate, prepare, train
+from peftkit.run import evaluate, train
 from peftkit.train.fastpath import FastPath
 from peftkit.train.guards import MovementGuard
 from peftkit.train.loop import Loop

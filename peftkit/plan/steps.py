@@ -1,0 +1,187 @@
+"""Optimizer steps as the training loop takes them, stripped of what watches them; tensors fake or real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftkit.backbones.load import Backbone
+from peftkit.backbones.spec import Head
+from peftkit.data.batching import Batch
+from peftkit.data.features import IGNORED, Features
+from peftkit.errors import InputError
+from peftkit.kernels.loss import HeadRule
+from peftkit.methods.base import Adapted
+from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
+from peftkit.plan.on_card import offloading
+from peftkit.plan.storages import StorageTracker
+from peftkit.recipe import Recipe, Training
+from peftkit.tasks import open_task
+from peftkit.tasks.base import Task
+from peftkit.train.activations import OFFLOADED_BYTES, set_checkpointing
+from peftkit.train.fastpath import FastPath
+from peftkit.train.frozen_layers import answering, lowest_trainable_block, repeated_blocks
+from peftkit.train.loop import AUTO_TOKENS
+from peftkit.train.optimizers import Updates, open_updates
+from peftkit.train.scoring import computing
+
+STEPS = 2
+"""Optimizer steps: its state is there from the second on."""
+
+
+def run_steps(
+    recipe: Recipe,
+    backbone: Backbone,
+    head: Head,
+    tracker: StorageTracker,
+    *,
+    lengths: Sequence[int],
+    device: Literal["cuda", "cpu"],
+) -> Adapted:
+    """A few optimizer steps as the training loop takes them, under a tracker that is in place; tensors fake or real."""
+    training = recipe.training
+    adapted = recipe.method.attach(backbone)
+    fast = FastPath.open(
+        adapted.model, training.kernels, attention=recipe.backbone.attention, pad_id=0, say=lambda text: None
+    )
+    fast.check_recomputing(recipe)
+    set_checkpointing(adapted.model, training.checkpointing)
+    steps = _Steps(
+        training,
+        adapted,
+        open_task(recipe.task, head),
+        fast,
+        open_updates(adapted.trainable(), training, adapted.rounding),
+        tracker,
+        saving=offloading(adapted.model, smallest_bytes=OFFLOADED_BYTES)
+        if training.offload_activations
+        else nullcontext(),
+        skipped=_frozen_layers(adapted.model) if training.activation_cache else [],
+        hidden=backbone.dims.hidden,
+        dtype=backbone.compute_dtype,
+        device=device,
+    )
+    tag_weights(tracker, adapted.model, adapted=adapted.artifact == "adapter")
+    tracker.watch(adapted.model)
+    adapted.model.train()
+    features = [_example(length, head, row) for row, length in enumerate(lengths)]
+    with _naming_loss(tracker):
+        for step in range(STEPS):
+            steps.advance(features, "" if step + 1 == STEPS else "*")
+    return adapted
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What `Loop` and `Gradients` do in a step, without what watches it.
+
+    Attributes:
+        saving: where activations wait for the backward pass.
+        skipped: layers that the activation cache answers for, with states [..., hidden] of `dtype`.
+    """
+
+    training: Training
+    adapted: Adapted
+    task: Task
+    fast: FastPath
+    updates: Updates
+    tracker: StorageTracker
+    saving: AbstractContextManager[object]
+    skipped: list[nn.Module]
+    hidden: int
+    dtype: torch.dtype
+    device: Literal["cuda", "cpu"]
+
+    def advance(self, features: list[Features], suffix: str) -> None:
+        """One optimizer step; the suffix goes behind the names of its phases."""
+        tracker, updates = self.tracker, self.updates
+        units = sum(example.loss_units for example in features)
+        tracker.enter("forward" + suffix)
+        total = torch.zeros(())
+        batches = list(self._batches(features))
+        for number, batch in enumerate(batches, start=1):
+            if number == len(batches):
+                updates.begin_last_micro_batch()
+            tracker.enter("forward" + suffix)
+            with self.fast.active():
+                summed = self._loss(batch.to(torch.device("cpu")))
+                tracker.enter("backward" + suffix)
+                (summed / units).backward()  # type: ignore[no-untyped-call]
+            total += summed.detach()
+            del summed
+        tag_gradients(tracker, self.adapted.model)
+        tracker.enter("optimizer" + suffix)
+        updates.gradient_norm()
+        updates.finish()
+        tag_state(tracker, updates.state_dict())
+
+    def _loss(self, batch: Batch) -> Tensor:
+        kept = self._kept(batch)
+        with computing(self.adapted, torch.device("cpu")), kept, self.saving:
+            return self.task.loss(
+                self.adapted.model, batch, smoothing=self.training.label_smoothing, fused=self.fast.fused_loss
+            )
+
+    def _kept(self, batch: Batch) -> AbstractContextManager[None]:
+        """The activation cache's part of a forward."""
+        if not self.skipped:
+            return nullcontext()
+        return answering(self.skipped, torch.zeros((*batch.input_ids.shape, self.hidden), dtype=self.dtype))
+
+    def _batches(self, features: list[Features]) -> Iterator[Batch]:
+        """How the loop cuts a step."""
+        match self.training.micro_batch:
+            case "auto":
+                return self.fast.batches(features, max_tokens=AUTO_TOKENS.get(self.device, 8192))
+            case int(count):
+                return self.fast.batches(features, max_examples=count)
+            case budget:
+                return self.fast.batches(features, max_tokens=int(budget.split()[0]))
+
+
+def _frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers below the first that trains.
+
+    Raises:
+        InputError: there are none.
+    """
+    blocks = repeated_blocks(model)
+    index = 0 if blocks is None else lowest_trainable_block(blocks)
+    if blocks is None or index == 0:
+        raise InputError(
+            "training.activation_cache: there is no frozen layer below the first that trains. "
+            "Set method.layers=top-N, or training.activation_cache=false."
+        )
+    return list(blocks)[:index]
+
+
+@contextmanager
+def _naming_loss(tracker: StorageTracker) -> Iterator[None]:
+    """Output layer and loss in one are a phase of their own; computed apart, they are a part of the forward pass."""
+    own = HeadRule.loss
+
+    def loss(rule: HeadRule, hidden_NH: Tensor, target_N: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        tracker.enter("loss*" if tracker.phase.endswith("*") else "loss")
+        return own(rule, hidden_NH, target_N, smoothing=smoothing)
+
+    with patch.object(HeadRule, "loss", loss):
+        yield
+
+
+def _example(length: int, head: Head, row: int) -> Features:
+    """An example of this length whose every token carries loss."""
+    tokens = np.ones(length, dtype=np.int32)
+    if head.kind == "language":
+        target = tokens.copy()
+        target[0] = IGNORED
+        return Features(tokens, target, length - 1, row)
+    if head.problem == "multi_label_classification":
+        return Features(tokens, np.zeros(head.num_outputs, dtype=np.float32), 1, row)
+    return Features(tokens, 0.0 if head.problem == "regression" else 0, 1, row)

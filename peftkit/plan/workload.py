@@ -1,0 +1,109 @@
+"""What a run's steps hold: how long its examples are, from the data or else from the recipe's maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from peftkit.backbones.dims import Dims
+from peftkit.data.batching import micro_batches, packs, step_order
+from peftkit.data.features import Features
+from peftkit.recipe import Recipe
+from peftkit.train.loop import AUTO_TOKENS
+
+SIMULATED_FORWARDS = 2
+"""Forwards of a step that are run: gradients are there from the second on, and further ones repeat it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The examples of a run, as far as they decide its memory and time.
+
+    Attributes:
+        longest: tokens of each example of the step that needs most memory.
+        heaviest_step: its index in the run; None where the data are not at hand.
+        first: tokens of each example of the first step; empty where the data are not at hand.
+        step_tokens: mean tokens of a step.
+        num_examples: in the training split; None where the data are not at hand.
+        source: whether lengths were counted in the data, or are the recipe's maximum.
+    """
+
+    longest: tuple[int, ...]
+    heaviest_step: int | None
+    first: tuple[int, ...]
+    step_tokens: float
+    num_examples: int | None
+    source: Literal["data", "recipe"]
+
+    def num_steps(self, recipe: Recipe) -> int | None:
+        """Optimizer steps of the whole run; None when neither the recipe nor the data say it."""
+        training = recipe.training
+        if training.max_steps is not None:
+            return training.max_steps
+        if self.num_examples is None:
+            return None
+        return int(np.ceil(training.epochs * np.ceil(self.num_examples / training.batch_size)))
+
+
+def workload_at_most(recipe: Recipe, dims: Dims, *, num_examples: int | None = None) -> Workload:
+    """Every example as long as the recipe and the backbone's positions allow."""
+    length = min(recipe.training.max_tokens, dims.max_positions or recipe.training.max_tokens)
+    count = min(recipe.training.batch_size, num_examples or recipe.training.batch_size)
+    step = (length,) * count
+    return Workload(step, None, (), float(length * count), num_examples, "recipe")
+
+
+def workload_of(recipe: Recipe, lengths: Sequence[int]) -> Workload:
+    """The steps that the recipe makes of training examples of these lengths."""
+    tokens = np.asarray(lengths)
+    steps = list(_steps(recipe, len(tokens)))
+    # of equals not the first one: the optimizer has no state in it yet
+    heaviest = max(range(len(steps)), key=lambda index: (_weight(recipe, tokens[steps[index]]), index > 0))
+    return Workload(
+        tuple(int(n) for n in tokens[steps[heaviest]]),
+        heaviest,
+        tuple(int(n) for n in tokens[steps[0]]),
+        float(np.mean([tokens[chosen].sum() for chosen in steps])),
+        len(tokens),
+        "data",
+    )
+
+
+def heaviest_forwards(recipe: Recipe, lengths: Sequence[int], *, device: Literal["cuda", "cpu"]) -> tuple[int, ...]:
+    """Of the forwards that a step is cut into, the examples' lengths in the largest ones: enough to simulate."""
+    groups = [[len(example) for example in group] for group in _cut(recipe, lengths, device=device)]
+    if len(groups) <= SIMULATED_FORWARDS:
+        return tuple(lengths)
+    largest = sorted(groups, key=sum, reverse=True)[:SIMULATED_FORWARDS]
+    return tuple(length for group in largest for length in group)
+
+
+def _steps(recipe: Recipe, num_examples: int) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
+    training = recipe.training
+    per_epoch = -(-num_examples // training.batch_size)
+    total = training.max_steps or int(np.ceil(training.epochs * per_epoch))
+    for start in range(0, total, per_epoch):
+        order = step_order(num_examples, training.batch_size, seed=recipe.seed, epoch=start // per_epoch)
+        yield from order[: total - start]
+
+
+def _weight(recipe: Recipe, lengths: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[int, int]:
+    """What a step's peak grows with: the tokens of its largest forward, then its longest example."""
+    groups = _cut(recipe, [int(length) for length in lengths], device="cpu")
+    return max(sum(map(len, group)) for group in groups), int(lengths.max())
+
+
+def _cut(recipe: Recipe, lengths: Sequence[int], *, device: Literal["cuda", "cpu"]) -> list[list[Features]]:
+    """A step's forwards, as the loop cuts them."""
+    examples = [Features(np.empty(length, dtype=np.int32), 0, 1, row) for row, length in enumerate(lengths)]
+    cut = packs if recipe.training.kernels.packing else micro_batches
+    match recipe.training.micro_batch:
+        case "auto":
+            return list(cut(examples, max_tokens=AUTO_TOKENS[device]))
+        case int(count):
+            return list(cut(examples, max_examples=count))
+        case budget:
+            return list(cut(examples, max_tokens=int(budget.split()[0])))
