@@ -172,10 +172,13 @@ def trace_deep(depth: Depth, trace: Trace) -> Stream:
             break
         try:
             deeper = [
-                Deeper(traced(longer), depth.stretches[index] - shortest)
-                for index, longer in zip(cut, grown, strict=True)
+                Deeper(traced(longer), depth.stretches[i] - shortest) for i, longer in zip(cut, grown, strict=True)
             ]
-            return repeat(traced(short), deeper, period=depth.period)
+            shallow = traced(short)
+        except Irregular:
+            break
+        try:
+            return repeat(shallow, deeper, period=depth.period)
         except Irregular:
             continue
     return trace(depth.stretches)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,9 +18,9 @@ from transformers import AttentionInterface
 
 from peftkit.kernels import attention, dropout, lora, loss
 from peftkit.plan.cuda_operators import HALF, Architecture, cuda_operators, flash_attention
-from peftkit.plan.storages import StorageTracker
+from peftkit.plan.storages import StorageTracker, Stream
 from peftkit.recipe import Training
-from peftkit.train import optimizers
+from peftkit.train import lowprecision, optimizers
 from peftkit.train.lowprecision import Rounding
 
 Builder = Callable[[Iterable[nn.Parameter], Training, Rounding | None], Optimizer]
@@ -32,6 +34,9 @@ def chosen_for(card: Architecture | None, tracker: StorageTracker) -> Iterator[N
     """Kernels and optimizers that run and allocate as on the card; without one, as on the host."""
     with ExitStack() as stack:
         stack.enter_context(_quantized_optimizers(tracker))
+        stack.enter_context(
+            patch.object(lowprecision, "_buckets", partial(_few_buckets, lowprecision._buckets, tracker))
+        )
         if card is not None:
             stack.enter_context(cuda_operators(card))
             kinds = {attention.PRODUCTS: True, attention.FUSED: False}
@@ -48,8 +53,7 @@ def _attention_on(card: Architecture, *, products: bool) -> Any:
     """This package's attention: FlashAttention where the card has it and where it computes the same."""
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **terms: Any) -> Any:
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        query, key = query.to(value.dtype), key.to(value.dtype)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # as the real one
         plain = terms.get("softcap") is None and not terms.get("dropout") and terms.get("prefix") is None
         if not plain or not card.flash or query.dtype not in HALF:
             return attention.attend(module, query, key, value, mask, products=products, **terms)
@@ -93,6 +97,34 @@ def _quantized_optimizers(tracker: StorageTracker) -> Iterator[None]:
 
     with patch.object(Optimizer8bit, "fill_qmap", fill), patch.object(Optimizer8bit, "get_state_buffer", state_buffer):
         yield
+
+
+def _few_buckets(
+    cut: Callable[[Iterable[Any]], Iterable[Sequence[Any]]], tracker: StorageTracker, pieces: Iterable[Any]
+) -> Iterator[Sequence[Any]]:
+    """The first two and the last of the buckets of one form; what those between do is known, and leaves nothing.
+
+    In the first step they leave the optimizer's state, so that all of them are taken.
+    """
+    if tracker.phase.endswith("*"):
+        yield from cut(pieces)
+        return
+    buckets = list(cut(pieces))
+    forms = [tuple((p.weight.shape, p.weight.dtype, p.gradient.dtype) for p in bucket) for bucket in buckets]
+    ahead, done, known = Counter(forms), Counter[Any](), {}
+    for form, bucket in zip(forms, buckets, strict=True):
+        done[form] += 1
+        if done[form] in (1, 2, ahead[form]):
+            before = _work_of(tracker.stream)
+            yield bucket
+            known[form] = [after - had for after, had in zip(_work_of(tracker.stream), before, strict=True)]
+        else:
+            tracker.stream.add_work(*known[form])
+
+
+def _work_of(stream: Stream) -> tuple[int, int]:
+    """Operations and moved bytes so far."""
+    return sum(work.flops for work in stream.work), sum(work.moved_bytes for work in stream.work)
 
 
 @dataclass(frozen=True, slots=True)

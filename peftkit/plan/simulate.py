@@ -42,7 +42,7 @@ def simulate(
         config: the backbone's transformers configuration; None reads it.
 
     Raises:
-        InputError: a backbone in int8, which only exists on a device.
+        InputError: a backbone in int8, which only exists on a device, or an activation cache without frozen layers.
     """
     card = (architecture or Architecture()) if device == "cuda" else None
     config = read_config(recipe.backbone) if config is None else copy.deepcopy(config)

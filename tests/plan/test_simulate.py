@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from peftkit.backbones.spec import LANGUAGE_HEAD
 from peftkit.errors import InputError
+from peftkit.plan import on_card
 from peftkit.plan.cuda_operators import Architecture
 from peftkit.plan.peer import PeerSettings, simulate_peer
 from peftkit.plan.simulate import open_trace, simulate
@@ -124,6 +125,21 @@ def test_states_are_narrow_or_elsewhere(
     found = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS)
     elements, few = found.terms["adapters"] // 4, 2 * 2 * 16 * rank
     assert found.terms["optimizer state"] == narrow * few + wide * (elements - few) + tables
+
+
+def test_buckets_of_one_form_are_simulated_a_few_times_for_all(
+    chat_recipe: Build, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = chat_recipe("backbone.dtype=bfloat16", "method.weights=kahan", method="full")
+    config = AutoConfig.from_pretrained(tiny_llama)
+    config.hidden_size = 128  # the embedding alone makes six buckets of a million elements
+
+    few = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS, config=config)
+    monkeypatch.setattr(on_card, "_few_buckets", lambda cut, tracker, pieces: cut(pieces))
+    every = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS, config=config)
+    assert len(few.work) < len(every.work)
+    assert (few.allocated_bytes, few.reserved_bytes) == (every.allocated_bytes, every.reserved_bytes)
+    assert (few.flops, few.moved_bytes) == (every.flops, every.moved_bytes)
 
 
 def step_stream(recipe: Recipe, card: Architecture | None = CARD) -> Stream:
