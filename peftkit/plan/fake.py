@@ -144,14 +144,24 @@ def _packed_linear(linear: nn.Linear, dtype: torch.dtype, *, nested: bool) -> nn
 
 def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     """`nn.Module._apply` that puts new parameters in place: swapping the insides of fake tensors is refused."""
-    for child in module.children() if recurse else ():
-        _apply(child, fn)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            changed = fn(parameter.data)
-            if changed is not parameter.data and changed.dtype != parameter.dtype:
-                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = fn(buffer)
+    shared: dict[int, list[tuple[nn.Module, str]]] = {}
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            shared.setdefault(id(parameter), []).append((inner, name))
+
+    def visit(inner: nn.Module) -> None:
+        for child in inner.children() if recurse else ():
+            visit(child)
+        for parameter in [*inner._parameters.values()]:
+            if parameter is not None:
+                changed = fn(parameter.data)
+                if changed is not parameter.data and changed.dtype != parameter.dtype:
+                    made = nn.Parameter(changed, parameter.requires_grad)
+                    for holder, name in shared[id(parameter)]:  # tied ones stay tied
+                        holder._parameters[name] = made
+        for name, buffer in inner._buffers.items():
+            if buffer is not None:
+                inner._buffers[name] = fn(buffer)
+
+    visit(module)
     return module

@@ -95,7 +95,7 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 def _key(func: Any, args: Any, kwargs: Any, tensors: Tensors) -> tuple[Any, ...] | None:
     """All that an operator's outputs depend on; None where that is more than shapes. The call's tensors are noted."""
-    parts = [func]
+    parts = [func, torch.get_default_dtype()]
     if not _depends_on_shapes(func) or not _describe(parts, args, tensors):
         return None
     for name, value in kwargs.items():

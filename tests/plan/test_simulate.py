@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from peftkit.backbones.load import dims_of
 from peftkit.backbones.spec import LANGUAGE_HEAD
 from peftkit.errors import InputError
 from peftkit.plan import on_card
@@ -35,6 +36,15 @@ def test_adam_holds_two_moments_of_every_trained_weight(chat_recipe: Build) -> N
     found = simulate(chat_recipe(), LANGUAGE_HEAD, lengths=LENGTHS, device="cpu")
     steps = 4 * 7 * 2 * 2  # one float32 counter for each A and B of the seven layers of two blocks
     assert found.terms["optimizer state"] == 2 * found.terms["adapters"] + steps
+
+
+def test_tied_weights_that_are_widened_stay_one(chat_recipe: Build, tiny_llama: Path) -> None:
+    # bfloat16 files, float32 weights: the embedding is the output layer too, and trains once
+    recipe = chat_recipe("backbone.dtype=bfloat16", method="full")
+    dims = dims_of(recipe.backbone, LANGUAGE_HEAD)
+    found = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS)
+    tensors = 1 + 2 * 9 + 1  # each has a float32 counter: the embedding, nine of each block, the last norm
+    assert found.terms["optimizer state"] == 2 * 4 * dims.num_params + 4 * tensors
 
 
 def test_nf4_packs_two_weights_a_byte_and_unpacks_one_layer_at_a_time(chat_recipe: Build) -> None:
