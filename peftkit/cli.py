@@ -93,6 +93,8 @@ def build_parser() -> Parser:
     question.add_argument("--fit", action="store_true", help="search for the fastest changes that fit")
     question.add_argument("--compare", action="store_true", help="a line for each method on this backbone and card")
     question.add_argument("--models", action="store_true", help="which sizes of backbone fit this card")
+    trainer = "predict this trainer; peer: transformers and PEFT as they come (padded, full logits, cache on)"
+    question.add_argument("--as", dest="trainer", choices=("peftkit", "peer"), default="peftkit", help=trainer)
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw the memory of a step")
     score = verb("eval", "score a run, a merged model or a plain backbone")
     score.add_argument("reference", help="a run's folder, a model folder, a hub id or a packaged backbone")
@@ -116,6 +118,11 @@ def build_parser() -> Parser:
     bench.add_argument("--out", type=Path, help="folder of the results; default runs/bench-NAME")
     report = verb("report", "tables and plots of finished runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    report.add_argument("--reference", metavar="NAME", help="variant to compare with; default: the suite's, or lora")
+    compare = verb("compare", "test B against A over the same examples; exit 1 where B is significantly worse")
+    compare.add_argument("one", type=Path, metavar="A", help="a run's folder, or a benchmark's")
+    compare.add_argument("other", type=Path, metavar="B", help="another of the same kind")
+    compare.add_argument("--metric", metavar="NAME", help="default: the one that decides in both")
     data = verb("data", "show rendered examples, token by token, and what carries loss")
     data.add_argument("recipe", type=Path)
     overridable(data)
@@ -154,7 +161,8 @@ def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     questions = {"fit": answer.answer_fit, "compare": answer.answer_methods, "models": answer.answer_models}
     asked = next((name for name in questions if getattr(options, name)), None)
-    found = (answer.answer_plan if asked is None else questions[asked])(recipe, options.gpu)
+    alone = answer.answer_peer if options.trainer == "peer" else answer.answer_plan
+    found = (alone if asked is None else questions[asked])(recipe, options.gpu)
     if options.json:
         print(json.dumps(found.document))
     else:
@@ -223,6 +231,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from peftkit.bench.executor import run_suite
     from peftkit.bench.suite import load_suite
+    from peftkit.report.comparison import compare_rows
     from peftkit.report.rows import read_cells
     from peftkit.report.tables import render_terminal
 
@@ -232,26 +241,48 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"out": str(out), "cells": {str(r.folder): r.status for r in results}}))
     else:
-        _console().print(render_terminal(read_cells([out])))
-        for kind, name in (("table", "report.md"), ("plot", "scatter.png"), ("data", "results.csv")):
+        rows = read_cells([out])
+        _console().print(render_terminal(rows, compare_rows(rows, suite.reference)))
+        for kind, name in (
+            ("table", "report.md"),
+            ("page", "report.html"),
+            ("plot", "scatter.png"),
+            ("data", "results.csv"),
+        ):
             if (out / name).is_file():
                 print(f"{kind}  {out / name}")
     return 0 if all(result.status == "ok" for result in results) else 1
 
 
 def _report(options: argparse.Namespace) -> None:
-    from peftkit.report.rows import find_cells, read_cells
+    from peftkit.report.comparison import compare_rows
+    from peftkit.report.rows import find_cells, named_reference, read_cells
     from peftkit.report.tables import render_terminal
 
     rows = read_cells([cell for folder in options.folders for cell in find_cells(folder)])
     if not rows:
         raise InputError(f"no finished run below {', '.join(map(str, options.folders))}.")
+    if options.json and options.reference:
+        raise InputError("--json prints the runs as they are and compares nothing: leave --reference out.")
     if options.json:
         from peftkit.report.rows import as_documents
 
         print(json.dumps(as_documents(rows)))
     else:
-        _console().print(render_terminal(rows))
+        comparison = compare_rows(rows, options.reference or named_reference(options.folders))
+        _console().print(render_terminal(rows, comparison))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from peftkit.report.comparison import compare_folders
+    from peftkit.report.tables import difference_lines
+
+    comparison = compare_folders(options.one, options.other, options.metric)
+    if options.json:
+        print(json.dumps(comparison.to_document()))
+    else:
+        print("\n".join(difference_lines(comparison)))
+    return 1 if comparison.regressions else 0
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -340,6 +371,7 @@ VERBS = {
     "merge": _merge,
     "bench": _bench,
     "report": _report,
+    "compare": _compare,
     "data": _data,
     "recipes": _recipes,
     "doctor": _doctor,

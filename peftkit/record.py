@@ -36,13 +36,15 @@ class Parameters(Part):
 
 
 class Memory(Part):
-    """Peaks of the training steps. `baseline_bytes` is what was held just before the first step."""
+    """Peaks of the training steps. `baseline_bytes` is what was held just before the first step, `predicted_terms` what
+    the predicted peak is made of."""
 
     kind: Literal["cuda-reserved", "rss"]
     baseline_bytes: int | None = None
     peak_bytes: int | None = None
     tensor_peak_bytes: int | None = None
     predicted_tensor_peak_bytes: int | None = None
+    predicted_terms: dict[str, int] | None = None
 
 
 class Throughput(Part):

@@ -23,6 +23,7 @@ from peftkit.files import staged_folder, write_json, write_json_lines
 from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME, claim_folder, release_folder
 from peftkit.methods.base import Adapted, load_peft
 from peftkit.plan.gate import Admitted, admit
+from peftkit.plan.sizes import sizes_of
 from peftkit.plan.workload import workload_of
 from peftkit.prepare import Prepared, Read, head_to_load, load, read
 from peftkit.recipe import Recipe, load_recipe
@@ -221,7 +222,9 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Ob
         loss = Loss(**values)
     memory = fitted.meter.memory() if fitted else None
     if memory is not None and admitted is not None:
-        memory = memory.model_copy(update={"predicted_tensor_peak_bytes": admitted.plan.simulation.allocated_bytes})
+        found = admitted.plan.simulation
+        update = {"predicted_tensor_peak_bytes": found.step_bytes, "predicted_terms": found.step_terms}
+        memory = memory.model_copy(update=update)
     return bare_record(recipe, "ok", None, environment=describe_environment()).model_copy(
         update={
             "parameters": Parameters(
@@ -249,7 +252,7 @@ def _encode(recipe: Recipe, known: Read, observer: Observer) -> dict[str, Featur
 
 def _admit(recipe: Recipe, known: Read, train: FeatureSet, observer: Observer) -> Admitted:
     """The run's plan, from the lengths of its own examples."""
-    workload = workload_of(recipe, [len(example) for example in train.features])
+    workload = workload_of(recipe, sizes_of(train.features))
     return admit(recipe, known.head, workload, say=observer.say)
 
 

@@ -1,6 +1,6 @@
 """Runs the missing cells of a suite, each in a fresh process, and writes the report of all of them.
 
-    OUT/suite.yaml  cells.json  results.csv  report.md  scatter.png
+    OUT/suite.yaml  cells.json  results.csv  differences.csv  report.{md,html}  scatter.png
     OUT/cells/NAME/{recipe.yaml, record.json, cell.log, ...}
 
 Killed at any moment, the folder is taken up again by the same call.
@@ -77,7 +77,8 @@ def run_suite(suite: Suite, out: Path, *, report_progress: Callable[[str], None]
                 if result is not None:
                     results[cell.name] = result
                     report_progress(_progress_line(results, len(cells), result, time.monotonic() - started))
-    write_report(out, suite.name, read_cells([out]), description=suite.description)
+    rows = read_cells([out])
+    write_report(out, suite.name, rows, description=suite.description, reference=suite.reference)
     return [results[cell.name] for cell in cells]
 
 
@@ -87,7 +88,8 @@ def _manifest(suite: Suite, cells: list[Cell]) -> dict[str, object]:
         {"name": cell.name, "variant": cell.variant, "seed": cell.recipe.seed, "recipe_digest": cell.recipe.digest}
         for cell in cells
     ]
-    return {"suite": suite.name, "description": suite.description, "cells": rows}
+    named = {} if suite.reference is None else {"reference": suite.reference}
+    return {"suite": suite.name, "description": suite.description, **named, "cells": rows}
 
 
 def _settle(cell: Cell, folder: Path, *, wait: bool, say: Callable[[str], None]) -> CellResult | None:

@@ -61,6 +61,7 @@ class Suite(Section):
         [], description="Cells left out: variant, seed or dotted keys, all of which must match"
     )
     always: Settings = Field({}, description="Dotted keys of every cell, above variants and grid")
+    reference: str | None = Field(None, description="The variant that the report compares the others with")
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -89,6 +90,10 @@ class Suite(Section):
             except RecipeError as fault:
                 faults += [(point.variant, text) for text in fault.faults]
         faults += _repeated(cells)
+        names = list(dict.fromkeys(cell.variant for cell in cells))
+        if cells and not faults and self.reference is not None and self.reference not in names:
+            known = f"{', '.join(names)}{nearest(self.reference, names)}"
+            faults.append(("reference", f"no {self.reference!r} among {known}"))
         if not points and not faults:
             faults.append(("exclude", "leaves no cell to run"))
         if faults:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftkit.plan.storages import Stream, Work
 
@@ -53,11 +54,18 @@ class Insertion:
         at: items of the shallower stream before it.
         start: items of the deeper stream before it.
         size: items of the block.
+        slack: the items around the place, half of them before it, in which the block could be just as well.
     """
 
     at: int
     start: int
     size: int
+    slack: int = 0
+
+    def share(self, part: int, parts: int) -> Insertion:
+        """The block in the middle of one part of where it could be."""
+        moved = math.ceil(self.slack * (2 * part + 1) / (2 * parts)) - math.ceil(self.slack / 2)
+        return replace(self, at=self.at + moved, start=self.start + moved, slack=self.slack // parts)
 
 
 def read_items(stream: Stream) -> list[Item]:
@@ -162,6 +170,6 @@ def _centered(taken: Sequence[tuple[int, int, int]], deep: Sequence[int]) -> lis
     for i, j, size in taken:
         length, room = GROWTH * size, min(i - end_i, j - end_j)
         slack = next((s for s in range(room) if deep[j - s - 1] != deep[j - s - 1 + length]), room)
-        found.append(Insertion(i - slack // 2, j - slack // 2, size))
+        found.append(Insertion(i - slack // 2, j - slack // 2, size, slack))
         end_i, end_j = i, j + length
     return found

@@ -67,6 +67,15 @@ def answer_plan(recipe: Recipe, gpu: str | None) -> Answer:
     return Answer(plan.fits, plan.document(), render_plan(plan), plan)
 
 
+def answer_peer(recipe: Recipe, gpu: str | None) -> Answer:
+    """Would it fit in a plain transformers and PEFT trainer?"""
+    from peftkit.plan.render import render_plan
+
+    planner, hand = open_planner(recipe, gpu)
+    plan = planner.plan_peer(recipe, hand.workload(recipe, planner.dims))
+    return Answer(plan.fits, plan.document() | {"as": "peer"}, render_plan(plan), plan)
+
+
 def answer_fit(recipe: Recipe, gpu: str | None) -> Answer:
     """What to change so that it fits, or is faster."""
     from peftkit.plan.render import render_found

@@ -10,6 +10,7 @@ from peftkit.backbones.spec import Head
 from peftkit.data.load import is_at_hand, load_splits
 from peftkit.data.spec import DataSpec
 from peftkit.data.table import Table
+from peftkit.plan.sizes import sizes_of
 from peftkit.plan.workload import Workload, workload_at_most, workload_of
 from peftkit.recipe import Recipe
 from peftkit.tasks import SHAPES, assume_head, open_task, read_head
@@ -39,9 +40,8 @@ class AtHand:
             return workload_at_most(recipe, dims, num_examples=len(self.train))
         task = open_task(recipe.task, self.head)
         tokenizer, limit = load_tokenizer(recipe.backbone), recipe.training.max_tokens
-        return workload_of(
-            recipe, list(map(len, task.encode(self.train, tokenizer, dims, recipe.data, max_tokens=limit).features))
-        )
+        encoded = task.encode(self.train, tokenizer, dims, recipe.data, max_tokens=limit)
+        return workload_of(recipe, sizes_of(encoded.features))
 
 
 def look(recipe: Recipe) -> AtHand:

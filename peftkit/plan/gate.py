@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from peftkit.recipe import Recipe, Training
 from peftkit.train.optimizers import Updates
 from peftkit.units import format_bytes, format_seconds
 
+CALIBRATING = 5
+"""Real steps that correct the planned time; those that are watched tensor by tensor are slower and do not count."""
 TOLERATED = 0.1
 """Fraction by which a real step may differ from its prediction before a person is told."""
 Say = Callable[[str], None]
@@ -43,26 +45,47 @@ class Admitted:
 
 @dataclass(slots=True)
 class StepWatch:
-    """Counts the tensors of the first and the heaviest step on the host, and holds the first against its prediction.
+    """Counts the tensors of the first and the heaviest step on the host, and holds the first against its prediction;
+    corrects the time that the run takes by a few real steps.
 
-    On CUDA the allocator counts them, in every step.
+    On CUDA the allocator counts tensors, in every step.
     """
 
     plan: Plan
     on_host: bool
     say: Say
+    _timed: list[tuple[float, int]] = field(default_factory=list)
 
     def during(self, step: int, model: nn.Module, updates: Updates) -> AbstractContextManager[TensorPeak | None]:
         """Around an optimizer step, counted from 0."""
-        if self.on_host and step in (0, self.plan.workload.heaviest_step):
+        if self.on_host and self._is_watched(step):
             return watching_tensors(model, updates)
         return nullcontext()
 
-    def judge(self, step: int, num_bytes: int) -> None:
-        """Say so where the first step held much more or less than was planned."""
-        trouble = deviation(self.plan.simulation.first_step_bytes, num_bytes) if step == 0 else None
+    def judge(self, step: int, *, tensor_bytes: int, seconds: float, tokens: int) -> None:
+        """Say so where the first step held much more or less than was planned; after a few more, how long it takes."""
+        trouble = deviation(self.plan.simulation.first_step_bytes, tensor_bytes) if step == 0 else None
         if trouble is not None:
             self.say(trouble)
+        if len(self._timed) < CALIBRATING and not self._is_watched(step):
+            self._timed.append((seconds, tokens))
+            if len(self._timed) == CALIBRATING:
+                self._correct_time(step + 1)
+
+    def _is_watched(self, step: int) -> bool:
+        return step in (0, self.plan.workload.heaviest_step)
+
+    def _correct_time(self, done: int) -> None:
+        """The time left, from the seconds that a token took, where a good part of the run is still ahead."""
+        planned, total = self.plan.step_seconds, self.plan.num_steps
+        if planned is None or total is None or total < 4 * done:
+            return
+        rate = sum(seconds for seconds, _ in self._timed) / sum(tokens for _, tokens in self._timed)
+        real = rate * self.plan.workload.step_tokens
+        self.say(
+            f"a step takes {format_seconds(real)} here, where the plan said {format_seconds(planned)}: "
+            f"about {format_seconds(real * (total - done))} of training left"
+        )
 
 
 def admit(recipe: Recipe, head: Head, workload: Workload, *, say: Say) -> Admitted:

@@ -14,15 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftkit.backbones.load import build_skeleton
+from peftkit.backbones.dims import Dims
+from peftkit.backbones.load import Backbone, build_skeleton
 from peftkit.backbones.quiet import quietly
-from peftkit.backbones.spec import Head
+from peftkit.backbones.spec import LANGUAGE_HEAD, Head
+from peftkit.errors import InputError
 from peftkit.plan.cuda_operators import Architecture, cuda_operators, scratch_of
 from peftkit.plan.depth import depth_of, shorten_config, singles_out, trace_deep
 from peftkit.plan.fake import fake_tensors, materialize, quantize_linears, without_collection
 from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
 from peftkit.plan.simulation import Simulation, summarize
+from peftkit.plan.sizes import Size
 from peftkit.plan.storages import StorageTracker, Stream
+from peftkit.recipe import Recipe
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -60,6 +64,57 @@ class PeerSettings:
     clip: bool = False
     empties_cache: bool = False
     architecture: Architecture = field(default_factory=Architecture)
+
+
+def settings_of(
+    recipe: Recipe, dims: Dims, config: Any, *, sizes: Sequence[Size], architecture: Architecture
+) -> PeerSettings:
+    """What a plain trainer makes of a recipe: forwards padded to their longest example, full logits, the cache on.
+
+    Args:
+        sizes: of the examples of the step that needs most.
+
+    Raises:
+        InputError: a task without a language head, or int8.
+    """
+    if dims.head.kind != "language":
+        raise InputError("--as peer knows trainers of language models: the task must be chat or completion.")
+    if recipe.backbone.quantization == "int8":
+        raise InputError("backbone.quantization=int8 cannot be simulated. Set backbone.quantization=nf4 or none.")
+    training = recipe.training
+    batch = training.micro_batch if isinstance(training.micro_batch, int) else len(sizes)
+    checkpointing = training.checkpointing not in ("auto", "off")
+    return PeerSettings(
+        batch=batch,
+        lengths=(max(sizes).tokens,) * 2,
+        adapter=_adapter_of(recipe, dims, config),
+        precision=_precision(recipe, architecture),
+        quantization=recipe.backbone.quantization,
+        double_quantization=True,
+        checkpointing=checkpointing,
+        padded=True,
+        cache=not checkpointing,  # transformers turns it off where layers are recomputed
+        clip=training.clip is not None,
+        architecture=architecture,
+    )
+
+
+def _adapter_of(recipe: Recipe, dims: Dims, config: Any) -> Any:
+    """PEFT's configuration of the recipe's method; None where the model's own weights train."""
+    skeleton = build_skeleton(config, LANGUAGE_HEAD)
+    backbone = Backbone(skeleton, None, dims, recipe.backbone, recipe.backbone.name, torch.float32)
+    adapted = recipe.method.attach(backbone)
+    if adapted.artifact != "adapter":
+        return None
+    configs: Any = adapted.model.peft_config
+    return configs["default"]
+
+
+def _precision(recipe: Recipe, architecture: Architecture) -> Literal["fp16", "bf16", "fp32"]:
+    if recipe.backbone.dtype == "auto":
+        return "bf16" if architecture.capability >= (8, 0) else "fp16"
+    names: dict[str, Literal["fp16", "bf16", "fp32"]] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+    return names[recipe.backbone.dtype]
 
 
 def simulate_peer(settings: PeerSettings, config: Any) -> Simulation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,9 +14,11 @@ import psutil
 from peftkit.backbones.dims import Dims, read_dims
 from peftkit.backbones.load import build_skeleton, read_config
 from peftkit.backbones.spec import Head
+from peftkit.errors import InputError
 from peftkit.plan.cards import Card
 from peftkit.plan.cuda_operators import Architecture
 from peftkit.plan.estimate import Rates, rates_of, step_seconds
+from peftkit.plan.peer import settings_of, simulate_peer
 from peftkit.plan.simulate import simulate
 from peftkit.plan.simulation import Simulation
 from peftkit.plan.workload import Workload, heaviest_forwards, workload_at_most
@@ -92,7 +95,7 @@ class Plan:
             "terms": found.terms,
             "phase_peaks": found.phase_peaks,
             "parameters": {"total": self.total_params, "trainable": self.trainable_params},
-            "lengths": {"source": self.workload.source, "longest": max(self.workload.longest)},
+            "lengths": {"source": self.workload.source, "longest": max(self.workload.longest).tokens},
             "step_seconds": self.step_seconds,
             "num_steps": self.num_steps,
             "seconds": self.seconds,
@@ -132,13 +135,38 @@ class Planner:
         recipe.method.check(self.dims, recipe.task.kind, recipe.backbone.quantization)
         workload = workload or workload_at_most(recipe, self.dims)
         kind = self.card.kind
-        lengths = heaviest_forwards(recipe, workload.longest, device=kind)
+        heaviest, first = (heaviest_forwards(recipe, step, device=kind) for step in (workload.longest, workload.first))
         found = simulate(
-            recipe, self.head, lengths=lengths, device=kind, architecture=architecture_of(self.card), config=self.config
+            recipe,
+            self.head,
+            sizes=heaviest,
+            first=first,
+            device=kind,
+            architecture=architecture_of(self.card),
+            config=self.config,
         )
         if kind == "cpu":
             found = on_host(found)
-        scale = workload.step_tokens / sum(lengths)
+        return self._plan(recipe, workload, found, scale=workload.step_tokens / sum(size.tokens for size in heaviest))
+
+    def plan_peer(self, recipe: Recipe, workload: Workload | None = None) -> Plan:
+        """The same recipe as a plain transformers and PEFT trainer would run it.
+
+        Raises:
+            InputError: this machine has no CUDA device and none was named, or such a trainer is not known.
+        """
+        if self.card.kind == "cpu":
+            raise InputError("--as peer predicts runs on a card: name it, as in --gpu 'RTX 3060' or --gpu 12GiB.")
+        recipe.method.check(self.dims, recipe.task.kind, recipe.backbone.quantization)
+        workload = workload or workload_at_most(recipe, self.dims)
+        settings = settings_of(
+            recipe, self.dims, self.config, sizes=workload.longest, architecture=architecture_of(self.card)
+        )
+        found = simulate_peer(settings, copy.deepcopy(self.config))
+        scale = recipe.training.batch_size / settings.batch  # forwards of a step, each padded to its longest
+        return self._plan(recipe, workload, found, scale=scale)
+
+    def _plan(self, recipe: Recipe, workload: Workload, found: Simulation, *, scale: float) -> Plan:
         return Plan(
             recipe=recipe,
             card=self.card,

@@ -101,7 +101,7 @@ def _heading(plan: Plan) -> str:
     return (
         f"{plan.recipe.label} of {plan.recipe.backbone.name}: {format_count(plan.trainable_params)} of "
         f"{format_count(plan.total_params)} parameters train\n"
-        f"steps of {training.batch_size} examples, the longest {max(lengths.longest)} tokens ({known})"
+        f"steps of {training.batch_size} examples, the longest {max(lengths.longest).tokens} tokens ({known})"
     )
 
 

@@ -58,11 +58,24 @@ def repeat(shallow: Stream, deeper: Sequence[Deeper], *, period: int = 1) -> Str
     items, *others = (read_items(stream) for stream in (shallow, *(other.stream for other in deeper)))
     shallow_signs, *deep_signs = signs([items, *others])
     kinds = signs([items, *others], any_step=True)[1:]
-    grown = [
-        _Grown(group, others[group], kinds[group], insertions(shallow_signs, deep_signs[group]), other.extra)
-        for group, other in enumerate(deeper)
-    ]
+    runs = _apart([insertions(shallow_signs, deep) for deep in deep_signs])
+    grown = [_Grown(group, others[group], kinds[group], runs[group], other.extra) for group, other in enumerate(deeper)]
     return _Writer(items, grown, period).write()
+
+
+def _apart(groups: Sequence[Sequence[Insertion]]) -> list[list[Insertion]]:
+    """The blocks of each stretch; where stretches compute alike theirs could lie anywhere in all of them, and one
+    behind the other is where they do not refer to each other."""
+    sharing: dict[tuple[int, int, int], list[int]] = {}
+    for group, runs in enumerate(groups):
+        for run in runs:
+            sharing.setdefault((run.at, run.size, run.slack), []).append(group)
+
+    def parted(group: int, run: Insertion) -> Insertion:
+        alike = sharing[run.at, run.size, run.slack]
+        return run.share(alike.index(group), len(alike))
+
+    return [[parted(group, run) for run in runs] for group, runs in enumerate(groups)]
 
 
 class _Grown:

@@ -107,7 +107,8 @@ class _Tried:
         recipe = build_recipe(self.recipe.to_dict(), changes)
         workload = self.shortened(recipe)
         plan = self.planner.plan(recipe, workload)
-        scale = workload.step_tokens / sum(heaviest_forwards(recipe, workload.longest, device=self.planner.card.kind))
+        run = heaviest_forwards(recipe, workload.longest, device=self.planner.card.kind)
+        scale = workload.step_tokens / sum(size.tokens for size in run)
         seconds = step_seconds(plan.simulation, self.rates, scale=scale)
         self.base_seconds = seconds if self.base_seconds is None else self.base_seconds
         return Option(tuple(changes), gives_up, plan, seconds / self.base_seconds)
@@ -115,9 +116,11 @@ class _Tried:
     def shortened(self, recipe: Recipe) -> Workload:
         """The workload with no example longer than the recipe allows."""
         limit = recipe.training.max_tokens
-        cut = tuple(min(length, limit) for length in self.workload.longest)
-        share = sum(cut) / sum(self.workload.longest)
-        return replace(self.workload, longest=cut, step_tokens=self.workload.step_tokens * share)
+        longest, first = (
+            tuple(size.cut(limit) for size in step) for step in (self.workload.longest, self.workload.first)
+        )
+        share = sum(size.tokens for size in longest) / sum(size.tokens for size in self.workload.longest)
+        return replace(self.workload, longest=longest, first=first, step_tokens=self.workload.step_tokens * share)
 
 
 def _levels(recipe: Recipe, planner: Planner, plan: Plan) -> Iterator[_Level]:
@@ -149,7 +152,7 @@ def _takes_nf4(recipe: Recipe, planner: Planner) -> bool:
 def _cuts(tried: _Tried, level: _Level) -> Iterator[Option]:
     """Ways to cut the step at a level, until one fits: without recomputing, of some layers, of all."""
     limited = build_recipe(tried.recipe.to_dict(), level.changes)
-    lengths = tried.shortened(limited).longest
+    lengths = [size.tokens for size in tried.shortened(limited).longest]
     one = max(lengths)
 
     def at(tokens: int, checkpointing: str | int) -> Option:

@@ -19,6 +19,7 @@ from peftkit.plan.depth import Depth, Trace, cuts_of, depth_of, shorten_config, 
 from peftkit.plan.fake import fake_tensors, materialize, quantize_linears, without_collection
 from peftkit.plan.on_card import chosen_for
 from peftkit.plan.simulation import Simulation, summarize
+from peftkit.plan.sizes import Size
 from peftkit.plan.steps import run_steps
 from peftkit.plan.storages import StorageTracker, Stream
 from peftkit.recipe import Recipe
@@ -28,16 +29,18 @@ def simulate(
     recipe: Recipe,
     head: Head,
     *,
-    lengths: Sequence[int],
+    sizes: Sequence[Size],
+    first: Sequence[Size] = (),
     device: Literal["cuda", "cpu"] = "cuda",
     architecture: Architecture | None = None,
     config: Any = None,
 ) -> Simulation:
-    """Memory and work of an optimizer step of a recipe over examples of these lengths, without a weight in memory.
+    """Memory and work of an optimizer step of a recipe over examples of these sizes, without a weight in memory.
 
     Args:
         head: that the task puts on the backbone.
-        lengths: tokens of each example of the step; all of them carry loss.
+        sizes: of the examples of the step.
+        first: of the step before it, in which the optimizer has no state; default: the same.
         architecture: of the CUDA device; default: a common one.
         config: the backbone's transformers configuration; None reads it.
 
@@ -49,12 +52,12 @@ def simulate(
     context = card.context_bytes if card else 0
     vocab = config.get_text_config().vocab_size
     with without_collection():
-        depth, trace = open_trace(recipe, head, lengths=lengths, card=card, config=config)
+        depth, trace = open_trace(recipe, head, steps=(first or sizes, sizes), card=card, config=config)
         return summarize(trace_deep(depth, trace), context_bytes=context, vocab=vocab, on_card=card is not None)
 
 
 def open_trace(
-    recipe: Recipe, head: Head, *, lengths: Sequence[int], card: Architecture | None, config: Any
+    recipe: Recipe, head: Head, *, steps: Sequence[Sequence[Size]], card: Architecture | None, config: Any
 ) -> tuple[Depth, Trace]:
     """How the layers of the recipe's model repeat, and what simulates its steps with some of them.
 
@@ -69,16 +72,22 @@ def open_trace(
 
     def trace(stretches: Sequence[int]) -> Stream:
         if stretches == depth.stretches:
-            return _trace(recipe, head, config, depth, lengths=lengths, card=card)
+            return _trace(recipe, head, config, depth, steps=steps, card=card)
         short = shorten_recipe(recipe, depth.layers_in(stretches))
         shallow = shorten_config(config, depth.num_layers(stretches))
-        return _trace(short, head, shallow, depth, lengths=lengths, card=card)
+        return _trace(short, head, shallow, depth, steps=steps, card=card)
 
     return depth, trace
 
 
 def _trace(
-    recipe: Recipe, head: Head, config: Any, depth: Depth, *, lengths: Sequence[int], card: Architecture | None
+    recipe: Recipe,
+    head: Head,
+    config: Any,
+    depth: Depth,
+    *,
+    steps: Sequence[Sequence[Size]],
+    card: Architecture | None,
 ) -> Stream:
     """The stream of the recipe's steps.
 
@@ -103,7 +112,7 @@ def _trace(
             skeleton.config.use_cache = False
             backbone = Backbone(skeleton, None, dims, recipe.backbone, recipe.backbone.name, dtype)
             device: Literal["cuda", "cpu"] = "cpu" if card is None else "cuda"
-            adapted = run_steps(recipe, backbone, head, tracker, lengths=lengths, device=device)
+            adapted = run_steps(recipe, backbone, head, tracker, steps=steps, device=device)
         stream = tracker.take()
     if shortened and adapted.rounding is not None:
         raise Irregular  # its optimizer puts parameters of several layers into one bucket

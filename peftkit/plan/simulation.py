@@ -35,7 +35,9 @@ class Simulation:
         terms: bytes at that moment by what they are; with the allocator's slack and the context they sum to the total.
         phase_peaks: allocated by phase.
         first_step_bytes: peak of allocated in the first step, before the optimizer has any state.
-        timeline: of the last step, at every change of more than a five-hundredth of the peak.
+        step_bytes: peak of allocated in the last step, without the evaluation behind it.
+        step_terms: what they are.
+        timeline: of the last step and the evaluation, at every change of more than a five-hundredth of the peak.
         work: phase, floating-point operations and bytes read and written of what ran, operator by operator.
         flops: floating-point operations by phase.
         moved_bytes: read and written by operators, by phase.
@@ -48,6 +50,8 @@ class Simulation:
     terms: dict[str, int]
     phase_peaks: dict[str, int]
     first_step_bytes: int
+    step_bytes: int
+    step_terms: dict[str, int]
     timeline: list[Moment] = field(repr=False)
     work: list[tuple[str, int, int]] = field(repr=False)
     flops: dict[str, int]
@@ -72,24 +76,33 @@ def summarize(
     steps = {phase: value for phase, value in peaks.allocated.items() if not phase.endswith("*")}
     first = [value for phase, value in peaks.allocated.items() if phase.endswith("*") and phase != "load*"]
     phase = max(steps, key=lambda name: steps[name])
-    terms: Counter[str] = Counter()
-    for number in stream.live_at(peaks.event[phase]):
-        birth = stream.births[number]
-        terms[term_of(birth, vocab)] += birth.num_bytes
+    trained = max((name for name in steps if name != "evaluation"), key=lambda name: steps[name])
+    terms = _terms(stream, peaks.event[phase], vocab)
     slack = peaks.reserved - sum(terms.values())
     return Simulation(
         allocated_bytes=steps[phase],
         reserved_bytes=peaks.reserved,
         context_bytes=context_bytes,
         phase=phase,
-        terms=dict(terms) | {"allocator slack": slack, "context": context_bytes},
+        terms=terms | {"allocator slack": slack, "context": context_bytes},
         phase_peaks=steps,
         first_step_bytes=max(first, default=steps[phase]),
+        step_bytes=steps[trained],
+        step_terms=_terms(stream, peaks.event[trained], vocab),
         timeline=_timeline(stream, vocab, steps[phase]),
         work=[(stream.phases[work.phases - 1][1], work.flops, work.moved_bytes) for work in stream.work if work.phases],
         flops=dict(stream.flops),
         moved_bytes=dict(stream.moved_bytes),
     )
+
+
+def _terms(stream: Stream, event: int, vocab: int) -> dict[str, int]:
+    """Bytes that live behind an event, by what they are."""
+    terms: Counter[str] = Counter()
+    for number in stream.live_at(event):
+        birth = stream.births[number]
+        terms[term_of(birth, vocab)] += birth.num_bytes
+    return dict(terms)
 
 
 def term_of(birth: Birth, vocab: int) -> str:

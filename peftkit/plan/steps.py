@@ -21,6 +21,7 @@ from peftkit.kernels.loss import HeadRule
 from peftkit.methods.base import Adapted
 from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
 from peftkit.plan.on_card import offloading
+from peftkit.plan.sizes import Size
 from peftkit.plan.storages import StorageTracker
 from peftkit.recipe import Recipe, Training
 from peftkit.tasks import open_task
@@ -32,9 +33,6 @@ from peftkit.train.loop import AUTO_TOKENS
 from peftkit.train.optimizers import Updates, open_updates
 from peftkit.train.scoring import computing
 
-STEPS = 2
-"""Optimizer steps: its state is there from the second on."""
-
 
 def run_steps(
     recipe: Recipe,
@@ -42,10 +40,15 @@ def run_steps(
     head: Head,
     tracker: StorageTracker,
     *,
-    lengths: Sequence[int],
+    steps: Sequence[Sequence[Size]],
     device: Literal["cuda", "cpu"],
 ) -> Adapted:
-    """A few optimizer steps as the training loop takes them, under a tracker that is in place; tensors fake or real."""
+    """Optimizer steps as the training loop takes them, then a forward of the evaluation; tensors fake or real.
+
+    Args:
+        tracker: is in place.
+        steps: the examples of each step; the optimizer's state is there from the second on.
+    """
     training = recipe.training
     adapted = recipe.method.attach(backbone)
     fast = FastPath.open(
@@ -53,7 +56,7 @@ def run_steps(
     )
     fast.check_recomputing(recipe)
     set_checkpointing(adapted.model, training.checkpointing)
-    steps = _Steps(
+    loop = _Steps(
         training,
         adapted,
         open_task(recipe.task, head),
@@ -71,10 +74,13 @@ def run_steps(
     tag_weights(tracker, adapted.model, adapted=adapted.artifact == "adapter")
     tracker.watch(adapted.model)
     adapted.model.train()
-    features = [_example(length, head, row) for row, length in enumerate(lengths)]
     with _naming_loss(tracker):
-        for step in range(STEPS):
-            steps.advance(features, "" if step + 1 == STEPS else "*")
+        for number, sizes in enumerate(steps, start=1):
+            loop.advance(_examples(sizes, head), "" if number == len(steps) else "*")
+    if recipe.evaluation.every != "never":
+        adapted.model.eval()
+        longest, limit = max(steps[-1]), recipe.evaluation.batch_tokens
+        loop.score(_examples([longest] * max(1, limit // longest.tokens), head), limit)
     return adapted
 
 
@@ -121,6 +127,14 @@ class _Steps:
         updates.gradient_norm()
         updates.finish()
         tag_state(tracker, updates.state_dict())
+
+    @torch.no_grad()
+    def score(self, features: list[Features], max_tokens: int) -> None:
+        """One forward of the evaluation, which finds the optimizer's state in memory and no gradient."""
+        self.tracker.enter("evaluation")
+        (batch,) = self.fast.batches(features, max_tokens=max_tokens)
+        with computing(self.adapted, torch.device("cpu")), self.fast.active(), self._kept(batch):
+            self.task.measure(self.adapted.model, batch)
 
     def _loss(self, batch: Batch) -> Tensor:
         kept = self._kept(batch)
@@ -175,13 +189,17 @@ def _naming_loss(tracker: StorageTracker) -> Iterator[None]:
         yield
 
 
-def _example(length: int, head: Head, row: int) -> Features:
-    """An example of this length whose every token carries loss."""
-    tokens = np.ones(length, dtype=np.int32)
+def _examples(sizes: Sequence[Size], head: Head) -> list[Features]:
+    return [_example(size, head, row) for row, size in enumerate(sizes)]
+
+
+def _example(size: Size, head: Head, row: int) -> Features:
+    """An example of this size; what carries loss is at its end."""
+    tokens = np.ones(size.tokens, dtype=np.int32)
     if head.kind == "language":
         target = tokens.copy()
-        target[0] = IGNORED
-        return Features(tokens, target, length - 1, row)
+        target[: size.tokens - size.labelled] = IGNORED
+        return Features(tokens, target, size.labelled, row)
     if head.problem == "multi_label_classification":
         return Features(tokens, np.zeros(head.num_outputs, dtype=np.float32), 1, row)
     return Features(tokens, 0.0 if head.problem == "regression" else 0, 1, row)

@@ -11,6 +11,7 @@ import numpy as np
 from peftkit.backbones.dims import Dims
 from peftkit.data.batching import micro_batches, packs, step_order
 from peftkit.data.features import Features
+from peftkit.plan.sizes import Size, fully_labelled
 from peftkit.recipe import Recipe
 from peftkit.train.loop import AUTO_TOKENS
 
@@ -23,17 +24,17 @@ class Workload:
     """The examples of a run, as far as they decide its memory and time.
 
     Attributes:
-        longest: tokens of each example of the step that needs most memory.
+        longest: the examples of the step that needs most memory.
         heaviest_step: its index in the run; None where the data are not at hand.
-        first: tokens of each example of the first step; empty where the data are not at hand.
+        first: the examples of the first step; empty where the data are not at hand.
         step_tokens: mean tokens of a step.
         num_examples: in the training split; None where the data are not at hand.
         source: whether lengths were counted in the data, or are the recipe's maximum.
     """
 
-    longest: tuple[int, ...]
+    longest: tuple[Size, ...]
     heaviest_step: int | None
-    first: tuple[int, ...]
+    first: tuple[Size, ...]
     step_tokens: float
     num_examples: int | None
     source: Literal["data", "recipe"]
@@ -52,33 +53,33 @@ def workload_at_most(recipe: Recipe, dims: Dims, *, num_examples: int | None = N
     """Every example as long as the recipe and the backbone's positions allow."""
     length = min(recipe.training.max_tokens, dims.max_positions or recipe.training.max_tokens)
     count = min(recipe.training.batch_size, num_examples or recipe.training.batch_size)
-    step = (length,) * count
+    step = fully_labelled((length,) * count)
     return Workload(step, None, (), float(length * count), num_examples, "recipe")
 
 
-def workload_of(recipe: Recipe, lengths: Sequence[int]) -> Workload:
-    """The steps that the recipe makes of training examples of these lengths."""
-    tokens = np.asarray(lengths)
+def workload_of(recipe: Recipe, sizes: Sequence[Size]) -> Workload:
+    """The steps that the recipe makes of these training examples."""
+    tokens = np.asarray([size.tokens for size in sizes])
     steps = list(_steps(recipe, len(tokens)))
     # of equals not the first one: the optimizer has no state in it yet
     heaviest = max(range(len(steps)), key=lambda index: (_weight(recipe, tokens[steps[index]]), index > 0))
     return Workload(
-        tuple(int(n) for n in tokens[steps[heaviest]]),
+        tuple(sizes[row] for row in steps[heaviest]),
         heaviest,
-        tuple(int(n) for n in tokens[steps[0]]),
+        tuple(sizes[row] for row in steps[0]),
         float(np.mean([tokens[chosen].sum() for chosen in steps])),
         len(tokens),
         "data",
     )
 
 
-def heaviest_forwards(recipe: Recipe, lengths: Sequence[int], *, device: Literal["cuda", "cpu"]) -> tuple[int, ...]:
-    """Of the forwards that a step is cut into, the examples' lengths in the largest ones: enough to simulate."""
-    groups = [[len(example) for example in group] for group in _cut(recipe, lengths, device=device)]
+def heaviest_forwards(recipe: Recipe, sizes: Sequence[Size], *, device: Literal["cuda", "cpu"]) -> tuple[Size, ...]:
+    """Of the forwards that a step is cut into, the examples of the largest ones: enough to simulate."""
+    groups = _cut(recipe, [size.tokens for size in sizes], device=device) if sizes else []
     if len(groups) <= SIMULATED_FORWARDS:
-        return tuple(lengths)
-    largest = sorted(groups, key=sum, reverse=True)[:SIMULATED_FORWARDS]
-    return tuple(length for group in largest for length in group)
+        return tuple(sizes)
+    largest = sorted(groups, key=lambda group: sum(map(len, group)), reverse=True)[:SIMULATED_FORWARDS]
+    return tuple(sizes[example.row] for group in largest for example in group)
 
 
 def _steps(recipe: Recipe, num_examples: int) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:

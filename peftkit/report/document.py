@@ -1,4 +1,4 @@
-"""A benchmark's report: `report.md`, with `results.csv` and `scatter.png` beside it."""
+"""A benchmark's report: `report.md` and `report.html`, with `results.csv`, `differences.csv` and `scatter.png`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.files import write_text
+from peftkit.report.comparison import Comparison, compare_rows, write_differences
+from peftkit.report.page import write_page
 from peftkit.report.plots import scatter
-from peftkit.report.rows import CellRow
+from peftkit.report.rows import CellRow, summarise
 from peftkit.report.tables import escape_markdown, render_markdown, write_csv
 
 REPORT_NAME = "report.md"
 RESULTS_NAME = "results.csv"
+DIFFERENCES_NAME = "differences.csv"
 PLOT_NAME = "scatter.png"
 
 
-def write_report(out: Path, suite_name: str, rows: Sequence[CellRow], *, description: str = "") -> Path:
-    """Write the table, the plot, the numbers and how to get them again into `out`; the path of `report.md`.
+def write_report(
+    out: Path, suite_name: str, rows: Sequence[CellRow], *, description: str = "", reference: str | None = None
+) -> Path:
+    """Write tables, page, plot, numbers and how to get them again into `out`; the path of `report.md`.
+
+    Args:
+        reference: the variant that the others are compared with; None leaves the choice to `compare_rows`.
 
     Raises:
+        InputError: there is no variant of the reference's name.
         OutputError: `out` cannot be written.
     """
+    comparison = compare_rows(rows, reference)
     write_csv(rows, out / RESULTS_NAME)
+    if comparison.differences:
+        write_differences(comparison, out / DIFFERENCES_NAME)
+    else:
+        (out / DIFFERENCES_NAME).unlink(missing_ok=True)
     plotted = scatter(rows, out / PLOT_NAME, title=suite_name)
-    parts = [f"# {escape_markdown(suite_name)}", render_markdown(rows)]
+    parts = [f"# {escape_markdown(suite_name)}", render_markdown(rows, comparison)]
     if plotted:
         parts.append(f"![Quality against training memory and against speed]({PLOT_NAME})")
     else:
@@ -34,7 +48,19 @@ def write_report(out: Path, suite_name: str, rows: Sequence[CellRow], *, descrip
         parts.append(f"## About this benchmark\n\n{description.strip()}")
     parts.append(_reproduction(out, rows))
     write_text(out / REPORT_NAME, "\n\n".join(part.strip() for part in parts) + "\n")
+    _write_page(out, suite_name, rows, comparison, description=description)
     return out / REPORT_NAME
+
+
+def _write_page(
+    out: Path, suite_name: str, rows: Sequence[CellRow], comparison: Comparison, *, description: str
+) -> None:
+    """The page, which also says what cannot be told from the best."""
+    best = next((summary.variant for summary in summarise(rows) if summary.score is not None), None)
+    reached = {difference.reference for difference in comparison.differences}
+    against_best = compare_rows(rows, best).differences if best is not None and best not in reached else []
+    differences = [*comparison.differences, *against_best]
+    write_page(out, suite_name, rows, differences, description=description, left_out=comparison.left_out)
 
 
 def _reproduction(out: Path, rows: Sequence[CellRow]) -> str:
@@ -43,6 +69,8 @@ def _reproduction(out: Path, rows: Sequence[CellRow]) -> str:
         command = f"peftkit bench {shlex.quote(str(out / 'suite.yaml'))} --out {shlex.quote(str(out))}"
         lines += ["```", command, "```", "", "Finished cells are kept; take another folder to run everything again."]
     lines += [f"Every number of every cell: [{RESULTS_NAME}]({RESULTS_NAME})."]
+    if (out / DIFFERENCES_NAME).exists():
+        lines += [f"Every difference: [{DIFFERENCES_NAME}]({DIFFERENCES_NAME})."]
     environment = _common_environment(rows)
     if environment:
         lines += ["", "| environment | |", "|---|---|"]

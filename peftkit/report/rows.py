@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 from peftkit.errors import InputError
 from peftkit.record import RECORD_NAME, Metric, RunRecord, Status, read_record
-from peftkit.stats import t_interval
+from peftkit.report.scores import KEPT_RUNS, RunScores, read_run_scores, resamples_over_runs, values_over_runs
+from peftkit.stats.bootstrap import t_interval
 
 MANIFEST_NAME = "cells.json"
 CELLS_FOLDER = "cells"
+Basis = Literal["seeds and examples", "seeds", "examples", "nothing"]
+"""What an interval is over."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
 
 
@@ -40,14 +44,20 @@ class CellRow:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A score with its 95 % interval, and what that interval is over."""
+    """A score with its 95 % interval, what that interval is over, and what scores without a model.
+
+    Attributes:
+        chance: guessing each label equally often, where predictions tell the labels; else what the record says.
+        majority: always giving the most common label.
+    """
 
     value: float
     low: float | None
     high: float | None
-    basis: Literal["seeds", "examples", "nothing"]
+    basis: Basis
     n: int
     chance: float | None
+    majority: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,12 @@ def read_cells(folders: Sequence[Path]) -> list[CellRow]:
     ]
 
 
+def named_reference(folders: Sequence[Path]) -> str | None:
+    """The reference that the suite folders among these name; None where none does, or they differ."""
+    found = {_manifest(folder).get("reference") for folder in folders if (folder / MANIFEST_NAME).exists()}
+    return found.pop() if len(found) == 1 else None
+
+
 def as_documents(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
     """The rows as plain data for JSON."""
     return [
@@ -136,11 +152,19 @@ def _read_row(folder: Path) -> CellRow:
 
 def _listed(suite: Path) -> dict[str, dict[str, Any]]:
     """A suite folder's own account of its cells, by name."""
+    return {cell["name"]: cell for cell in _manifest(suite)["cells"]}
+
+
+def _manifest(suite: Path) -> dict[str, Any]:
     path = suite / MANIFEST_NAME
     try:
-        return {cell["name"]: cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as fault:
-        raise InputError(f"{path} is not a list of a benchmark's cells ({fault}). Run the benchmark again.") from fault
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all("name" in cell for cell in found["cells"]):
+            return found
+        fault: Exception | str = "a cell has no name"
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as caught:
+        fault = caught
+    raise InputError(f"{path} is not a list of a benchmark's cells ({fault}). Run the benchmark again.")
 
 
 def summarise(rows: Sequence[CellRow]) -> list[Summary]:
@@ -167,6 +191,7 @@ def common_metric(summaries: Sequence[Summary]) -> str | None:
 
 def _summary(variant: str, rows: Sequence[CellRow]) -> Summary:
     records = [row.record for row in rows if row.record is not None and row.record.status == "ok"]
+    runs = readable_scores(rows)
     scores = [_scores(record) for record in records]
     names = [name for name in (scores[0] if scores else {}) if all(name in each for each in scores)]
     main = _main_metric(records[0], names) if names else None
@@ -175,7 +200,7 @@ def _summary(variant: str, rows: Sequence[CellRow]) -> Summary:
         variant=variant,
         rows=tuple(rows),
         main=main,
-        metrics={name: _estimate([each[name] for each in scores]) for name in ordered},
+        metrics=_estimates({name: [each[name] for each in scores] for name in ordered}, runs),
         trainable=next((r.parameters.trainable for r in records if r.parameters is not None), None),
         artifact_bytes=_mean(r.parameters.artifact_bytes if r.parameters else None for r in records),
         peak_bytes=_mean(r.memory.peak_bytes if r.memory else None for r in records),
@@ -196,14 +221,58 @@ def _main_metric(record: RunRecord, names: Sequence[str]) -> str:
     return next((name for name in names if name in (asked, f"validation {asked}")), names[0])
 
 
-def _estimate(metrics: Sequence[Metric]) -> Estimate:
-    """The mean over seeds with Student's interval; where seeds do not differ, the interval over examples."""
+def readable_scores(rows: Sequence[CellRow]) -> list[RunScores]:
+    """What the predictions of one variant's finished seeds say; nothing unless all have them, of the same test."""
+    try:
+        found = [
+            read_run_scores(row.folder, row.record)
+            for row in rows
+            if row.record is not None and row.record.status == "ok"
+        ]
+    except InputError:
+        return []
+    return found if len({run.test for run in found}) == 1 else []
+
+
+def _estimates(metrics: Mapping[str, Sequence[Metric]], runs: Sequence[RunScores]) -> dict[str, Estimate]:
+    """Over seeds and examples where predictions allow it; else over seeds, by Student's t, or over examples."""
+    told = [name for name in metrics if runs and name in runs[0].scores]
+    bounds = _bounds(tuple(runs), tuple(told)) if len(runs) > 1 else {}
+    estimates = {}
+    for name, found in metrics.items():
+        baseline = runs[0].baselines.get(name) if name in told else None
+        chance, majority = (baseline.chance, baseline.majority) if baseline else (found[0].chance, None)
+        low, high, basis = bounds[name] if name in bounds else _alone(found)
+        values = [metric.value for metric in found]
+        estimates[name] = Estimate(
+            values[0] if len(set(values)) == 1 else fmean(values), low, high, basis, found[0].n, chance, majority
+        )
+    return estimates
+
+
+@lru_cache(maxsize=KEPT_RUNS)
+def _bounds(runs: tuple[RunScores, ...], names: tuple[str, ...]) -> dict[str, tuple[float, float, Basis]]:
+    """Each score's interval over seeds and examples; none for a single example."""
+    from peftkit.stats.means import mean_over_seeds
+
+    linear = [name for name in names if not runs[0].scores[name].is_resampled]
+    found: dict[str, tuple[float, float, Basis]] = {}
+    for group in (linear, *([name] for name in names if name not in linear)):
+        values_KSN = values_over_runs(runs, group)
+        if len(group) == 0 or values_KSN.shape[-1] < 2:
+            continue
+        resampled_R = resamples_over_runs(runs, group[0])
+        low_K, high_K = mean_over_seeds(values_KSN, None if resampled_R is None else resampled_R[:, None]).interval()
+        found |= {name: (float(low_K[k]), float(high_K[k]), "seeds and examples") for k, name in enumerate(group)}
+    return found
+
+
+def _alone(metrics: Sequence[Metric]) -> tuple[float | None, float | None, Basis]:
+    """Student's interval over seeds; where they do not differ, the interval over examples."""
     values = [metric.value for metric in metrics]
-    first = metrics[0]
     if len(set(values)) > 1:
-        return Estimate(fmean(values), *t_interval(values), "seeds", first.n, first.chance)
-    basis: Literal["examples", "nothing"] = "nothing" if first.low is None else "examples"
-    return Estimate(first.value, first.low, first.high, basis, first.n, first.chance)
+        return *t_interval(values), "seeds"
+    return metrics[0].low, metrics[0].high, "nothing" if metrics[0].low is None else "examples"
 
 
 def _over_baseline(record: RunRecord) -> int | None:

@@ -81,6 +81,10 @@ class Task(Protocol):
         """One prediction an example, from one forward without gradients."""
         ...
 
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """What `predict` reads its predictions from, still on the device."""
+        ...
+
     def prompt(
         self, backbone: Backbone, table: Table, demonstrations: Table, *, shots: int, data: DataSpec, max_tokens: int
     ) -> list[Prediction] | FeatureSet:

@@ -100,20 +100,23 @@ class ClassifyTask:
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        logits_BC = self._logits(model, batch)
-        losses_B = self._losses(logits_BC, batch.target, 0.0)
-        if self.problem == "regression":
-            scores_BC = logits_BC
-        elif self.problem == "multi_label_classification":
-            scores_BC = logits_BC.sigmoid()
-        else:
-            scores_BC = logits_BC.softmax(-1)
+        scores_BC, losses_B = self.measure(model, batch)
         return [
             self.prediction(row, scores, target) | {"loss": loss}
             for row, scores, target, loss in zip(
                 batch.rows, scores_BC.tolist(), batch.target.tolist(), losses_B.tolist(), strict=True
             )
         ]
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores [B, C], probabilities or for regression the number itself, and losses [B]."""
+        logits_BC = self._logits(model, batch)
+        losses_B = self._losses(logits_BC, batch.target, 0.0)
+        if self.problem == "regression":
+            return logits_BC, losses_B
+        if self.problem == "multi_label_classification":
+            return logits_BC.sigmoid(), losses_B
+        return logits_BC.softmax(-1), losses_B
 
     def prediction(self, row: int, scores: list[float], target: Any) -> Prediction:
         """The decision that scores [C] lead to: probabilities, or the number itself for regression."""

@@ -52,19 +52,22 @@ class LanguageTask:
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        head = read_head(model)
-        if head is None:
-            logits_NV, target_N = labelled_logits(model, batch)
-            loss_N = functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
-            correct_N = logits_NV.argmax(-1) == target_N
-        else:
-            loss_N, correct_N = head.scores(*labelled_hidden(model, batch, head.output))
         counts = _labelled_counts(batch)
+        loss_N, correct_N = self.measure(model, batch)
         parts = zip(batch.rows, counts, torch.split(loss_N, counts), torch.split(correct_N, counts), strict=True)
         return [
             {"row": row, "loss": float(loss.sum()), "tokens": count, "correct": int(correct.sum())}
             for row, count, loss, correct in parts
         ]
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and correctness [N] of each labelled token."""
+        head = read_head(model)
+        if head is not None:
+            return head.scores(*labelled_hidden(model, batch, head.output))
+        logits_NV, target_N = labelled_logits(model, batch)
+        loss_N = functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
+        return loss_N, logits_NV.argmax(-1) == target_N
 
     def metrics(self, predictions: Sequence[Prediction], *, intervals: bool) -> dict[str, Score]:
         """Perplexity and token accuracy over labelled tokens; exact match: every token of the answer, its end included,

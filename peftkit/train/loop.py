@@ -63,13 +63,13 @@ class Observer(Protocol):
 
 
 class Watch(Protocol):
-    """Whoever looks at the memory of some steps."""
+    """Whoever holds steps against a plan."""
 
     def during(self, step: int, model: nn.Module, updates: Updates) -> AbstractContextManager[TensorPeak | None]:
         """Around a step, counted from 0."""
 
-    def judge(self, step: int, num_bytes: int) -> None:
-        """What tensors held at once in a step; 0 where nobody counted."""
+    def judge(self, step: int, *, tensor_bytes: int, seconds: float, tokens: int) -> None:
+        """After a step: what tensors held at once, 0 where nobody counted; how long it took; its tokens unpadded."""
 
 
 @dataclass(slots=True)
@@ -196,7 +196,9 @@ class Loop:
         if taken.micro_batch != given:
             self._keep(taken.micro_batch, given)
         if self.watch is not None and state.micro_batch is None:  # the plan is of the recipe's own
-            self.watch.judge(state.step, self.meter.tensor_bytes)
+            tokens = sum(int(batch.lengths.sum()) for batch in taken.batches)
+            seconds = self.meter.step_seconds[-1]
+            self.watch.judge(state.step, tensor_bytes=self.meter.tensor_bytes, seconds=seconds, tokens=tokens)
         state.step += 1
         state.first_loss = mean if state.first_loss is None else state.first_loss
         state.last_loss = mean

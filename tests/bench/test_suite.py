@@ -84,6 +84,17 @@ def test_a_training_setting_of_a_variant_that_trains_nothing_is_refused() -> Non
     assert "trains nothing" in fault
 
 
+def test_the_reports_reference_is_one_of_the_variants_and_no_part_of_a_cell() -> None:
+    variants = {"lora": {}, "full": {"method": "full"}}
+    plain, named = suite(variants=variants), suite(variants=variants, reference="full")
+    assert [cell.name for cell in named.cells()] == [cell.name for cell in plain.cells()]  # digests are in the names
+    assert faults_of(suite(variants=variants, reference="ful").cells) == (
+        "reference: no 'ful' among lora, full; did you mean 'full'?",
+    )
+    gridded = suite(variants=variants, grid={"training.max_steps": [5]}, reference="lora, max_steps=5")
+    assert len(gridded.cells()) == 2
+
+
 def test_a_section_set_to_null_has_its_defaults() -> None:
     (cell,) = suite(variants={"plain": {"training": None}}).cells()
     assert cell.recipe.training.model_fields_set == set()

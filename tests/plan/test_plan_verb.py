@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from peftkit.cli import main
 from peftkit.plan import gate
+from peftkit.plan.answer import plan_recipe
 from peftkit.plan.cards import Card
 from peftkit.record import read_record
-from peftkit.units import GIB, MIB
+from peftkit.units import GIB, MIB, format_seconds
 
 
 @pytest.fixture
@@ -69,7 +71,9 @@ def test_a_packaged_backbone_is_planned_without_being_fetched(tmp_path: Path, mo
         (("--gpu", "RTX 9999"), "no card is known as 'RTX 9999'"),
         (("backbone.name=nobody/nothing",), "Check the name and the network"),
         (("method=zero-shot",), "trains nothing"),
+        (("training.max_tokens=null",), "training.max_tokens"),
         (("--compare", "--plot", "x.png"), "--plot draws one plan"),
+        (("--as", "peer", "--gpu", "12GiB"), "the task must be chat or completion"),
     ],
 )
 def test_wrong_input_is_one_message(
@@ -81,6 +85,30 @@ def test_wrong_input_is_one_message(
     assert main(["plan", str(recipe_file), *overrides, *flags]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_an_unknown_architecture_is_one_message(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "quark", "hidden_size": 8}')
+    assert main(["plan", str(recipe_file), f"backbone.name={folder}", "--gpu", "12GiB"]) == 2
+    told = capsys.readouterr().err
+    assert "quark" in told
+    assert "Traceback" not in told
+
+
+def test_a_plain_trainer_needs_more_than_peftkit(chat_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "chat.yaml"
+    path.write_text(chat_recipe("training.batch_size=8", "evaluation.every=never").to_yaml())
+    _, own = answered(capsys, str(path), "--gpu", "RTX 3060")
+    code, peer = answered(capsys, str(path), "--gpu", "RTX 3060", "--as", "peer")
+    assert (code, peer["as"]) == (0, "peer")
+    assert peer["parameters"] == own["parameters"]
+    # every position of every example has float32 logits and a gradient of them, padding included
+    logits = 8 * own["lengths"]["longest"] * 49152 * 4
+    assert peer["terms"]["logits and loss"] > 2 * logits > own["terms"].get("logits and loss", 0)
+    assert main(["plan", str(path), "--as", "peer"]) == 2
+    assert "name it, as in --gpu" in capsys.readouterr().err
 
 
 def test_the_picture_is_a_png(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
@@ -126,3 +154,22 @@ def test_a_real_step_far_from_its_prediction_is_told() -> None:
     assert told is not None
     assert "12.0 GiB" in told
     assert "+20%" in told
+
+
+def test_a_few_real_steps_correct_the_planned_time(classify_recipe: Any) -> None:
+    plan = plan_recipe(classify_recipe("training.epochs=100"))
+    plan = replace(plan, step_seconds=1.0)
+    told: list[str] = []
+    watch = gate.StepWatch(plan, on_host=True, say=told.append)
+    assert plan.num_steps == 100 * 8 // plan.recipe.training.batch_size
+    for step in range(plan.num_steps):
+        # twice the planned second for the tokens of a mean step; whatever watched steps take is left out
+        seconds = 99.0 if step in (0, plan.workload.heaviest_step) else 2.0
+        tokens = round(1000 * plan.workload.step_tokens)
+        watch.judge(step, tensor_bytes=plan.simulation.first_step_bytes, seconds=1000 * seconds, tokens=tokens)
+    (line,) = told
+    done = 1 + gate.CALIBRATING + (plan.workload.heaviest_step in range(1, 2 + gate.CALIBRATING))
+    assert line == (
+        f"a step takes 2.0s here, where the plan said 1.0s: about {format_seconds(2.0 * (plan.num_steps - done))} "
+        "of training left"
+    )

@@ -18,10 +18,11 @@ from peftkit.plan.depth import Depth, Trace, singles_out, trace_deep
 from peftkit.plan.peer import PeerSettings, simulate_peer
 from peftkit.plan.repeat import Deeper, repeat
 from peftkit.plan.simulate import open_trace
+from peftkit.plan.sizes import fully_labelled
 from peftkit.plan.storages import Birth, Stream
 from peftkit.recipe import Recipe
 
-LENGTHS = (40, 33, 12)
+SIZES = fully_labelled((40, 33, 12))
 CARD = Architecture((8, 9))
 THREE = Head("classification", ("a", "b", "c"), "single_label_classification")
 Build = Callable[..., Recipe]
@@ -36,7 +37,7 @@ def deep(folder: Path, layers: int) -> Any:
 
 def repeats(recipe: Recipe, config: Any, *, head: Head = LANGUAGE_HEAD, card: Architecture | None = CARD) -> list[Any]:
     """The stretches that are simulated when the stream is asked for, once it is shown to be that of all layers."""
-    depth, trace = open_trace(recipe, head, lengths=LENGTHS, card=card, config=config)
+    depth, trace = open_trace(recipe, head, steps=(SIZES, SIZES), card=card, config=config)
     simulated: list[Any] = []
 
     def noting(stretches: Sequence[int]) -> Stream:

@@ -14,6 +14,7 @@ from peftkit.plan.estimate import Rates
 from peftkit.plan.planner import Plan, Planner
 from peftkit.plan.search import find_fit
 from peftkit.plan.simulation import Simulation
+from peftkit.plan.sizes import fully_labelled
 from peftkit.plan.workload import Workload, heaviest_forwards
 from peftkit.recipe import Recipe, build_recipe
 
@@ -39,17 +40,19 @@ class LawfulPlanner:
         training = recipe.training
         layers = {"auto": 0, "off": 0, "all": LAYERS}.get(str(training.checkpointing))
         recomputed = int(training.checkpointing) if layers is None else layers
-        lengths = heaviest_forwards(recipe, workload.longest, device="cuda")
+        lengths = [size.tokens for size in heaviest_forwards(recipe, workload.longest, device="cuda")]
         forward = int(str(training.micro_batch).split()[0]) if " " in str(training.micro_batch) else sum(lengths)
         weights = WEIGHTS // (4 if recipe.backbone.quantization == "nf4" else 1)
         moments = MOMENTS // (4 if "8bit" in training.optimizer else 1)
-        activations = min(forward, sum(workload.longest)) * TOKEN * (LAYERS - recomputed) // LAYERS
+        activations = (
+            min(forward, sum(size.tokens for size in workload.longest)) * TOKEN * (LAYERS - recomputed) // LAYERS
+        )
         terms = {"weights": weights, "optimizer state": moments, "activations": activations}
         total = sum(terms.values())
         forwards = -(-sum(lengths) // forward)
         work = [("forward", sum(lengths) * (100 + recomputed) + forwards, 0)]
         found = Simulation(
-            total, total, 0, "forward", terms, {}, total, timeline=[], work=work, flops={}, moved_bytes={}
+            total, total, 0, "forward", terms, {}, total, total, terms, timeline=[], work=work, flops={}, moved_bytes={}
         )
         return Plan(recipe, self.card, workload, found, 1, 1, 0.0, None, None)
 
@@ -67,7 +70,7 @@ def recipe_with(**training: Any) -> Recipe:
 
 def search(memory_bytes: int, recipe: Recipe | None = None, **options: Any) -> tuple[Any, LawfulPlanner]:
     planner = LawfulPlanner(memory_bytes)
-    workload = Workload((1000,) * 8, None, (), 8000.0, None, "recipe")
+    workload = Workload(fully_labelled((1000,) * 8), None, (), 8000.0, None, "recipe")
     return find_fit(recipe or recipe_with(), cast(Planner, planner), workload, **options), planner
 
 
@@ -116,7 +119,7 @@ def test_shorter_examples_are_the_last_resort() -> None:
         return original(off, workload)
 
     planner.plan = stubborn  # type: ignore[method-assign]
-    workload = Workload((1000,) * 8, None, (), 8000.0, None, "recipe")
+    workload = Workload(fully_labelled((1000,) * 8), None, (), 8000.0, None, "recipe")
     found = find_fit(recipe_with(), cast(Planner, planner), workload)
     assert found.chosen is not None
     assert "training.max_tokens=500" in found.chosen.changes

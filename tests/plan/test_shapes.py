@@ -16,6 +16,7 @@ from peftkit.plan import fake
 from peftkit.plan.cuda_operators import Architecture
 from peftkit.plan.shapes import ShapeMode
 from peftkit.plan.simulate import open_trace
+from peftkit.plan.sizes import fully_labelled
 from peftkit.plan.storages import Stream
 from peftkit.recipe import Recipe
 
@@ -91,7 +92,8 @@ def test_a_whole_step_is_the_same_by_either_way(
 
     def stream() -> Stream:
         config = AutoConfig.from_pretrained(recipe.backbone.name)
-        depth, trace = open_trace(recipe, LANGUAGE_HEAD, lengths=(40, 12), card=Architecture((8, 9)), config=config)
+        steps = [fully_labelled((40, 12))] * 2
+        depth, trace = open_trace(recipe, LANGUAGE_HEAD, steps=steps, card=Architecture((8, 9)), config=config)
         return trace(depth.stretches)
 
     looked_up = stream()

@@ -14,26 +14,29 @@ from peftkit.backbones.spec import LANGUAGE_HEAD
 from peftkit.errors import InputError
 from peftkit.plan import on_card
 from peftkit.plan.cuda_operators import Architecture
+from peftkit.plan.estimate import Rates, step_seconds
 from peftkit.plan.peer import PeerSettings, simulate_peer
 from peftkit.plan.simulate import open_trace, simulate
+from peftkit.plan.simulation import Simulation
+from peftkit.plan.sizes import Size, fully_labelled
 from peftkit.plan.storages import Stream
 from peftkit.recipe import Recipe
 from peftkit.units import MIB
 
-LENGTHS = (40, 33, 12)
-LABELLED = sum(LENGTHS) - len(LENGTHS)
+SIZES = fully_labelled((40, 33, 12))
+LABELLED = sum(size.labelled for size in SIZES)
 CARD = Architecture((8, 9))
 Build = Callable[..., Recipe]
 
 
 def test_the_terms_sum_to_the_total(chat_recipe: Build) -> None:
-    found = simulate(chat_recipe(), LANGUAGE_HEAD, lengths=LENGTHS)
+    found = simulate(chat_recipe(), LANGUAGE_HEAD, sizes=SIZES)
     assert sum(found.terms.values()) == found.total_bytes
     assert found.reserved_bytes >= found.allocated_bytes
 
 
 def test_adam_holds_two_moments_of_every_trained_weight(chat_recipe: Build) -> None:
-    found = simulate(chat_recipe(), LANGUAGE_HEAD, lengths=LENGTHS, device="cpu")
+    found = simulate(chat_recipe(), LANGUAGE_HEAD, sizes=SIZES, device="cpu")
     steps = 4 * 7 * 2 * 2  # one float32 counter for each A and B of the seven layers of two blocks
     assert found.terms["optimizer state"] == 2 * found.terms["adapters"] + steps
 
@@ -42,7 +45,7 @@ def test_tied_weights_that_are_widened_stay_one(chat_recipe: Build, tiny_llama: 
     # bfloat16 files, float32 weights: the embedding is the output layer too, and trains once
     recipe = chat_recipe("backbone.dtype=bfloat16", method="full")
     dims = dims_of(recipe.backbone, LANGUAGE_HEAD)
-    found = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS)
+    found = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES)
     tensors = 1 + 2 * 9 + 1  # each has a float32 counter: the embedding, nine of each block, the last norm
     assert found.terms["optimizer state"] == 2 * 4 * dims.num_params + 4 * tensors
 
@@ -53,7 +56,7 @@ def test_nf4_packs_two_weights_a_byte_and_unpacks_one_layer_at_a_time(chat_recip
     hidden, inner = config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * hidden // config.num_attention_heads
     weights = config.num_hidden_layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)
-    found = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS)
+    found = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES)
     assert found.terms["weights, quantized"] == weights // 2
 
 
@@ -62,7 +65,7 @@ def test_products_with_packed_weights_are_work_like_any(chat_recipe: Build, fuse
     # unpacked beside a plain product where LoRA is fused, and inside bitsandbytes' own product where it is not
     overrides = [f"training.kernels.lora={fused}", "backbone.dtype=float16"]
     dense, packed = (
-        simulate(chat_recipe(*overrides, f"backbone.quantization={kind}"), LANGUAGE_HEAD, lengths=LENGTHS)
+        simulate(chat_recipe(*overrides, f"backbone.quantization={kind}"), LANGUAGE_HEAD, sizes=SIZES)
         for kind in ("none", "nf4")
     )
     assert packed.flops == dense.flops
@@ -87,10 +90,45 @@ def test_masks_of_adapter_dropout_are_drawn_as_on_the_card(chat_recipe: Build) -
 
 def test_the_fused_loss_is_a_phase_with_two_products(chat_recipe: Build, tiny_llama: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_llama)
-    found = simulate(chat_recipe(), LANGUAGE_HEAD, lengths=LENGTHS)
+    found = simulate(chat_recipe(), LANGUAGE_HEAD, sizes=SIZES)
     # logits, and the gradient of the hidden states; the output layer itself is frozen
     assert found.flops["loss"] == 2 * (2 * LABELLED * config.vocab_size * config.hidden_size)
     assert found.phase_peaks["loss"] > 4 * LABELLED * config.vocab_size
+
+
+def test_the_first_step_is_simulated_with_its_own_examples(chat_recipe: Build) -> None:
+    def simulated(*steps: tuple[Size, ...]) -> Simulation:
+        *first, sizes = steps
+        return simulate(chat_recipe("method.dropout=0.1"), LANGUAGE_HEAD, sizes=sizes, first=(first or [()])[0])
+
+    light = fully_labelled((9, 5))
+    both = simulated(light, SIZES)
+    assert both.first_step_bytes == simulated(light).first_step_bytes < simulated(SIZES).first_step_bytes
+    assert both.step_bytes == simulated(SIZES).step_bytes
+
+
+def test_positions_without_loss_have_no_logits(chat_recipe: Build) -> None:
+    half = tuple(Size(size.tokens, size.tokens // 2) for size in SIZES)
+    all_of_them, half_of_them = (
+        simulate(chat_recipe(), LANGUAGE_HEAD, sizes=sizes).flops["loss"] for sizes in (SIZES, half)
+    )
+    assert half_of_them / all_of_them == sum(size.labelled for size in half) / LABELLED
+
+
+def test_scoring_is_a_phase_of_its_own(chat_recipe: Build) -> None:
+    def simulated(*overrides: str) -> Simulation:
+        return simulate(chat_recipe("backbone.dtype=float32", *overrides), LANGUAGE_HEAD, sizes=SIZES, device="cpu")
+
+    never, few, many = (
+        simulated(f"evaluation.{setting}") for setting in ("every=never", "batch_tokens=40", "batch_tokens=4000")
+    )
+    assert "evaluation" not in never.phase_peaks
+    assert never.step_bytes == few.step_bytes == many.step_bytes == never.allocated_bytes
+    # one and a hundred examples of 40 tokens, against three in a step
+    assert many.phase == "evaluation"
+    assert many.phase_peaks["evaluation"] > never.allocated_bytes > few.phase_peaks["evaluation"]
+    rates = Rates(1e12, 1e11)
+    assert step_seconds(never, rates, scale=1.0) == step_seconds(many, rates, scale=1.0)
 
 
 def test_cached_layers_do_not_run(chat_recipe: Build) -> None:
@@ -101,13 +139,15 @@ def test_cached_layers_do_not_run(chat_recipe: Build) -> None:
 
 def test_a_cache_without_frozen_layers_is_refused_with_the_remedy(chat_recipe: Build) -> None:
     with pytest.raises(InputError, match=r"method\.layers=top-N"):
-        simulate(chat_recipe("training.activation_cache=true"), LANGUAGE_HEAD, lengths=LENGTHS)
+        simulate(chat_recipe("training.activation_cache=true"), LANGUAGE_HEAD, sizes=SIZES)
 
 
 def test_offloaded_activations_leave_the_card(chat_recipe: Build) -> None:
     # of 10,000 tokens, a gate of 64 float16 features takes 1.2 MiB: large enough to be moved
     kept, offloaded = (
-        simulate(chat_recipe("backbone.dtype=float16", *more), LANGUAGE_HEAD, lengths=(10_000,)).phase_peaks["forward"]
+        simulate(
+            chat_recipe("backbone.dtype=float16", *more), LANGUAGE_HEAD, sizes=fully_labelled((10_000,))
+        ).phase_peaks["forward"]
         for more in ([], ["training.offload_activations=true"])
     )
     gates = 2 * 2 * 10_000 * 64 * 2  # gate and up of two layers
@@ -132,7 +172,7 @@ def test_states_are_narrow_or_elsewhere(
     chat_recipe: Build, optimizer: str, rank: int, narrow: float, wide: float, tables: int
 ) -> None:
     recipe = chat_recipe(f"method.rank={rank}", f"training.optimizer={optimizer}")
-    found = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS)
+    found = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES)
     elements, few = found.terms["adapters"] // 4, 2 * 2 * 16 * rank
     assert found.terms["optimizer state"] == narrow * few + wide * (elements - few) + tables
 
@@ -144,9 +184,9 @@ def test_buckets_of_one_form_are_simulated_a_few_times_for_all(
     config = AutoConfig.from_pretrained(tiny_llama)
     config.hidden_size = 128  # the embedding alone makes six buckets of a million elements
 
-    few = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS, config=config)
+    few = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES, config=config)
     monkeypatch.setattr(on_card, "_few_buckets", lambda cut, tracker, pieces: cut(pieces))
-    every = simulate(recipe, LANGUAGE_HEAD, lengths=LENGTHS, config=config)
+    every = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES, config=config)
     assert len(few.work) < len(every.work)
     assert (few.allocated_bytes, few.reserved_bytes) == (every.allocated_bytes, every.reserved_bytes)
     assert (few.flops, few.moved_bytes) == (every.flops, every.moved_bytes)
@@ -155,14 +195,14 @@ def test_buckets_of_one_form_are_simulated_a_few_times_for_all(
 def step_stream(recipe: Recipe, card: Architecture | None = CARD) -> Stream:
     """Everything that happens in a simulated step."""
     depth, trace = open_trace(
-        recipe, LANGUAGE_HEAD, lengths=LENGTHS, card=card, config=AutoConfig.from_pretrained(recipe.backbone.name)
+        recipe, LANGUAGE_HEAD, steps=(SIZES, SIZES), card=card, config=AutoConfig.from_pretrained(recipe.backbone.name)
     )
     return trace(depth.stretches)
 
 
 def test_int8_is_refused_with_the_remedy(chat_recipe: Build) -> None:
     with pytest.raises(InputError, match="nf4"):
-        simulate(chat_recipe("backbone.quantization=int8"), LANGUAGE_HEAD, lengths=LENGTHS)
+        simulate(chat_recipe("backbone.quantization=int8"), LANGUAGE_HEAD, sizes=SIZES)
 
 
 def test_eager_attention_holds_scores_that_fused_attention_does_not(tiny_llama: Path) -> None:

@@ -120,7 +120,13 @@ def test_the_report_holds_table_plot_notes_command_and_environment(tmp_path: Pat
     assert "Rates were tuned on validation." in text
     assert f"peftkit bench {tmp_path}/suite.yaml --out {tmp_path}\n" in text
     assert "| packages torch | 2.13 |" in text
-    assert {path.name for path in tmp_path.iterdir()} == {"suite.yaml", "report.md", "results.csv", "scatter.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "suite.yaml",
+        "report.md",
+        "report.html",
+        "results.csv",
+        "scatter.png",
+    }
 
 
 def test_a_report_without_a_measured_run_has_no_plot_left_from_before(tmp_path: Path) -> None:

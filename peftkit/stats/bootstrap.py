@@ -1,4 +1,4 @@
-"""Intervals: by bootstrap over examples, and by Student's t over seeds."""
+"""Intervals by bootstrap over examples alone, and by Student's t over seeds alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bootstrap_interval(
     values = np.asarray(per_example, dtype=np.float64)
     _require_some(len(values))
     rng = np.random.default_rng(seed)
-    means = [values[rows].mean(axis=1) for rows in _index_blocks(rng, len(values), resamples)]
+    means = [values[rows].mean(axis=1) for rows in index_blocks(rng, len(values), resamples)]
     return _percentiles(np.concatenate(means), level)
 
 
@@ -83,7 +83,7 @@ def bootstrap_scores(
 
     _require_some(n)
     drawn: dict[str, list[float]] = {}
-    for rows in _index_blocks(np.random.default_rng(seed), n, resamples):
+    for rows in index_blocks(np.random.default_rng(seed), n, resamples):
         for row in rows:
             for name, value in statistics(row).items():
                 if np.isfinite(value):
@@ -134,7 +134,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, 
     return float(array.mean()) - half, float(array.mean()) + half
 
 
-def _index_blocks(rng: np.random.Generator, n: int, resamples: int) -> Iterator[npt.NDArray[np.intp]]:
+def index_blocks(rng: np.random.Generator, n: int, resamples: int) -> Iterator[npt.NDArray[np.intp]]:
     """Blocks of [some, n] indices drawn with replacement, `resamples` rows in all."""
     import numpy as np
 

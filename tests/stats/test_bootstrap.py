@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peftkit.errors import InputError
-from peftkit.stats import bootstrap_interval, bootstrap_scores, bootstrap_statistic, t_interval
+from peftkit.stats.bootstrap import bootstrap_interval, bootstrap_scores, bootstrap_statistic, t_interval
 
 
 def test_the_interval_of_a_mean_is_close_to_the_normal_one_for_many_examples() -> None:
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
 def test_blocks_do_not_change_how_many_resamples_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(10.0)
     seen: list[int] = []
-    monkeypatch.setattr("peftkit.stats.DRAWS_AT_ONCE", 70)  # seven rows of ten a block, the last block short
+    monkeypatch.setattr("peftkit.stats.bootstrap.DRAWS_AT_ONCE", 70)  # seven rows of ten a block, the last block short
     bootstrap_statistic(lambda rows: float(seen.append(len(rows)) or values[rows].mean()), 10, resamples=25)
     assert seen == [10] * 25
     whole = bootstrap_interval(values, resamples=25)
