@@ -26,6 +26,7 @@ SETTINGS = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 PROMPT = "Who are you, and what do you like?"
+SHORT = ("--max-new-tokens", "48")
 DEMO, CHAT, MERGED = "runs/demo", "runs/demo-chat", "runs/demo-chat-merged"
 
 
@@ -49,9 +50,12 @@ DEMO_STEPS = (
         f"{CHAT}/record.json",
     ),
     Step(
-        f"4/4  {PROMPT}  Before:", ("generate", "smollm2-135m", PROMPT), f"{CHAT}/before.txt", "recipes/demo-chat.yaml"
+        f"4/4  {PROMPT}  Before:",
+        ("generate", "smollm2-135m", PROMPT, *SHORT),
+        f"{CHAT}/before.txt",
+        "recipes/demo-chat.yaml",
     ),
-    Step("     After:", ("generate", MERGED, PROMPT), f"{CHAT}/after.txt", f"{MERGED}/merge_report.json"),
+    Step("     After:", ("generate", MERGED, PROMPT, *SHORT), f"{CHAT}/after.txt", f"{MERGED}/merge_report.json"),
     Step("The table again", ("report", DEMO)),
 )
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",), ("pytest",))
