@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__
+from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def build_parser() -> Parser:
     merge.add_argument("--out", type=Path, required=True)
     merge.add_argument("--base", help="the base to fold into; default: the one the adapter was trained on")
     merge.add_argument("--onto", choices=("dequantized", "original"), default="dequantized", help="for quantized bases")
+    adapters.add_flags(verb)
     bench = verb("bench", "run every missing cell of a suite and compare")
     bench.add_argument("suite", type=Path)
     overridable(bench)
@@ -226,6 +228,14 @@ def _merge(options: argparse.Namespace) -> None:
     else:
         print("\n".join(summarise(report.verification, report.weights)))
         print(f"merged model  {options.out}")
+
+
+def _adapters(options: argparse.Namespace) -> None:
+    document, shown = adapters.ANSWERS[options.verb](options, _tell)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        _console().print(shown)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -369,6 +379,7 @@ VERBS = {
     "eval": _eval,
     "generate": _generate,
     "merge": _merge,
+    **dict.fromkeys(adapters.ANSWERS, _adapters),
     "bench": _bench,
     "report": _report,
     "compare": _compare,

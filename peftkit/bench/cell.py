@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -107,6 +108,7 @@ def _reason(fault: Exception) -> str:
 
 def _stop_with_parent() -> None:
     """Interrupt this process when the harness that started it is gone: its end of our standard input closes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     watched = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)  # what this process starts must not inherit the pipe

@@ -65,32 +65,42 @@ def read_source(path: Path, base: str | None = None) -> Source:
         InputError: neither of the two, or files that cannot be understood.
         MethodError: there is nothing to fold: a whole model, or a method that changes no weight.
     """
+    adapter, run = locate(path)
+    config = read_config(adapter)
+    if config.is_prompt_learning:
+        raise _unfoldable(adapter, config, "it puts trained virtual tokens before the input, and changes no weight")
+    recipe = load_recipe(run / RECIPE_NAME) if run else None
+    identity = read_json(adapter / BASE_NAME)
+    return Source(
+        adapter=adapter,
+        recipe=recipe,
+        record=read_record(run) if run and (run / "record.json").is_file() else None,
+        spec=_base_spec(adapter, recipe, identity, config, base),
+        head=read_adapter_head(adapter, config),
+        identity=identity,
+        config=config,
+    )
+
+
+def read_config(adapter: Path) -> Any:
+    """The PEFT configuration in an adapter's folder, beside which its weights are known to stand.
+
+    Raises:
+        InputError: a configuration that the installed peft does not know, or no safetensors.
+    """
     from peft import PeftConfig
 
-    adapter, run = _locate(path)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError, json.JSONDecodeError) as fault:
         raise InputError(
             f"{adapter}/adapter_config.json cannot be understood by the installed peft: {fault}"
         ) from fault
-    if config.is_prompt_learning:
-        raise _unfoldable(adapter, config, "it puts trained virtual tokens before the input, and changes no weight")
     if not (adapter / WEIGHTS_NAME).is_file():
         raise InputError(
             f"{adapter} has no {WEIGHTS_NAME}. Pickled adapters are not loaded; save it again as safetensors."
         )
-    recipe = load_recipe(run / RECIPE_NAME) if run else None
-    identity = _read_json(adapter / BASE_NAME)
-    return Source(
-        adapter=adapter,
-        recipe=recipe,
-        record=read_record(run) if run and (run / "record.json").is_file() else None,
-        spec=_base_spec(adapter, recipe, identity, config, base),
-        head=_read_head(adapter, config),
-        identity=identity,
-        config=config,
-    )
+    return config
 
 
 def check_base(source: Source, backbone: Backbone) -> str:
@@ -188,15 +198,21 @@ def fold(source: Source, model: Any) -> torch.nn.Module:
     return merged
 
 
-def _locate(path: Path) -> tuple[Path, Path | None]:
-    """The adapter's folder, and the run's when there is one."""
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """The adapter's folder, and the run's when there is one.
+
+    Raises:
+        MethodError: a whole model.
+        InputError: neither a run nor an adapter.
+    """
     if (path / "adapter_config.json").is_file():
-        return path, path.parent if (path.parent / RECIPE_NAME).is_file() else None
+        run = path.absolute().parent
+        return path, run if path.absolute().name == "adapter" and (run / RECIPE_NAME).is_file() else None
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter", path if (path / RECIPE_NAME).is_file() else None
     if (path / "model" / "config.json").is_file() or (path / "config.json").is_file():
         whole = path / "model" if (path / "model").is_dir() else path
-        raise MethodError(f"there is nothing to merge: {whole} is a whole model and can be deployed as it is.")
+        raise MethodError(f"there is no adapter in {path}: {whole} is a whole model and can be deployed as it is.")
     raise InputError(
         f"{path} is neither a finished run (no adapter/ in it) nor a PEFT adapter (no adapter_config.json)."
     )
@@ -205,7 +221,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 def _base_spec(
     adapter: Path, recipe: Recipe | None, identity: dict[str, Any] | None, config: Any, base: str | None
 ) -> BackboneSpec:
-    from peftkit.backbones.load import compute_dtype, read_config
+    from peftkit.backbones.load import compute_dtype
+    from peftkit.backbones.load import read_config as read_base_config
 
     known = identity or {}
     if recipe:
@@ -219,15 +236,15 @@ def _base_spec(
         spec = spec.model_copy(update={"name": base, "revision": None})
     dtype = known.get("dtype")
     if dtype is None and recipe is None:
-        dtype = str(read_config(spec).dtype).removeprefix("torch.")
+        dtype = str(read_base_config(spec).dtype).removeprefix("torch.")
     if dtype not in get_args(BackboneSpec.model_fields["dtype"].annotation) or dtype == "auto":
         dtype = str(compute_dtype(spec, "cpu")).removeprefix("torch.")
     return spec.model_copy(update={"dtype": dtype})
 
 
-def _read_head(adapter: Path, config: Any) -> Head:
+def read_adapter_head(adapter: Path, config: Any) -> Head:
     """The head that was written beside the adapter; else one with as many outputs as the adapter's saved head has."""
-    written = _read_json(adapter / HEAD_NAME)
+    written = read_json(adapter / HEAD_NAME)
     if written is not None:
         return Head(written["kind"], tuple(written.get("labels") or ()), written.get("problem"))
     if config.task_type != "SEQ_CLS":
@@ -246,7 +263,12 @@ def _read_head(adapter: Path, config: Any) -> Head:
     return Head("classification", tuple(f"LABEL_{index}" for index in range(rows[0])), problem)  # type: ignore[arg-type]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file beside an adapter; None where there is no such file.
+
+    Raises:
+        InputError: not a JSON object.
+    """
     if not path.is_file():
         return None
     try:

@@ -263,7 +263,8 @@ def harness(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A harness in a process of its own, whose one cell would train for long."""
     long = suite(always={"training.max_steps": 100000, "training.epochs": 100000})
     code = (
-        "import json, pathlib, sys\n"
+        "import json, pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run deaf to it, in the background
         "from peftkit.bench.suite import build_suite\n"
         "from peftkit.bench.executor import run_suite\n"
         "run_suite(build_suite(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]), report_progress=print)"
