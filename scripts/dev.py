@@ -24,6 +24,7 @@ STAMP, UNFINISHED = "peftkit-stamp.json", "peftkit-unfinished.json"
 EXTRAS = {"demo": (), "test": ("dev", "trackers"), "check": ("dev", "trackers"), "env": ("dev", "trackers")}
 SETTINGS = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of the two processes that run tests
 
 PROMPT = "Who are you, and what do you like?"
 SHORT = ("--max-new-tokens", "48")
@@ -58,7 +59,8 @@ DEMO_STEPS = (
     Step("     After:", ("generate", MERGED, PROMPT, *SHORT), f"{CHAT}/after.txt", f"{MERGED}/merge_report.json"),
     Step("The table again", ("report", DEMO)),
 )
-CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",), ("pytest",))
+CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
+TESTS = ("pytest", "-n", "2", "--dist", "loadfile")
 
 
 def main(arguments: list[str]) -> int:
@@ -72,13 +74,12 @@ def main(arguments: list[str]) -> int:
         return code
     if command == "demo":
         return demo()
-    if command == "test":
-        return run(in_venv("pytest", *rest), OFFLINE)
-    for check in CHECKS:
-        code = run(in_venv(*check, *(rest if check[0] == "pytest" else [])), OFFLINE)
-        if code != 0:
-            return code
-    return 0
+    if command == "check":
+        for check in CHECKS:
+            code = run(in_venv(*check), OFFLINE)
+            if code != 0:
+                return code
+    return run(in_venv(*TESTS, *rest), OFFLINE | ONE_THREAD)
 
 
 def prepare(venv: Path, extras: tuple[str, ...]) -> int:
