@@ -31,6 +31,7 @@ from peftkit.record import (
     Metric,
     Parameters,
     RunRecord,
+    Status,
     Throughput,
     bare_record,
 )
@@ -212,7 +213,7 @@ def _trained(folder: Path, character: Character, accuracy: float, rng: random.Ra
 
 def _failures(folder: Path) -> list[CellRow]:
     """One run out of memory, one that diverged, one that was killed and one that never ran."""
-    told = {
+    told: dict[Status, str] = {
         "oom": "this run needs 27.4 GiB and the card has 24.0 (activations 14.1). Try training.batch_size=6.",
         "diverged": "the loss is not finite at step 212 (gradient norm 3.1e+04). Lower training.learning_rate.",
         "killed": "the process was killed by SIGKILL; if nobody sent it, the machine ran out of memory",
@@ -220,7 +221,7 @@ def _failures(folder: Path) -> list[CellRow]:
     rows = []
     for seed, (status, reason) in enumerate(told.items()):
         recipe = _recipe(Character({"kind": "lora", "rank": 256}, 0, 1, 1, 1, 1), seed, 1e-2)
-        record = bare_record(recipe, status, reason, environment=ENVIRONMENT)  # type: ignore[arg-type]
+        record = bare_record(recipe, status, reason, environment=ENVIRONMENT)
         rows.append(CellRow("lora, rank=256", seed, folder / "cells" / f"lora-rank256-seed{seed}", record))
     return [*rows, CellRow("lora, rank=256", 3, folder / "cells" / "lora-rank256-seed3", None)]
 

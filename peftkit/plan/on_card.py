@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -76,7 +76,7 @@ def _paging(build: Builder) -> Builder:
             return build(parameters, training, rounding)
         built: Any = build(parameters, training.model_copy(update={"optimizer": "adamw-8bit"}), rounding)
         built.is_paged, built.args.optim_bits = True, 8 if training.optimizer.endswith("8bit") else 32
-        return built  # type: ignore[no-any-return]
+        return cast(Optimizer, built)
 
     return paging
 

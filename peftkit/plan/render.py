@@ -36,8 +36,8 @@ def render_plan(plan: Plan) -> RenderableType:
 def render_found(found: Found) -> RenderableType:
     """Every option that was tried, in the order of giving up, and the one to take."""
     table = Table(box=None, pad_edge=False)
-    for column, side in (("change", "left"), ("needs", "right"), ("", "left"), ("time", "right"), ("gives up", "left")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for column in ("change", "needs", "", "time", "gives up"):
+        table.add_column(column, justify="right" if column in ("needs", "time") else "left")
     for option in found.options:
         chosen = option is found.chosen
         table.add_row(

@@ -109,7 +109,7 @@ def test_the_optimizer_is_given_up_before_the_weights_and_these_before_length() 
     assert {"training.optimizer=adamw-8bit", "backbone.quantization=nf4"} < set(smaller_weights.chosen.changes)
 
 
-def test_shorter_examples_are_the_last_resort() -> None:
+def test_shorter_examples_are_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ten layers' worth that cannot be recomputed the length has to halve."""
     planner = LawfulPlanner(WEIGHTS // 4 + MOMENTS // 4 + 500 * TOKEN)
     original = planner.plan
@@ -118,7 +118,7 @@ def test_shorter_examples_are_the_last_resort() -> None:
         off = build_recipe(recipe.to_dict(), ["training.checkpointing=off"])
         return original(off, workload)
 
-    planner.plan = stubborn  # type: ignore[method-assign]
+    monkeypatch.setattr(planner, "plan", stubborn)
     workload = Workload(fully_labelled((1000,) * 8), None, (), 8000.0, None, "recipe")
     found = find_fit(recipe_with(), cast(Planner, planner), workload)
     assert found.chosen is not None

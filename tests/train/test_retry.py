@@ -100,7 +100,11 @@ class Listener(PlainObserver):
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    return next(module for name, module in model.named_modules() if name.endswith(".layers"))  # type: ignore[return-value]
+    return next(
+        module
+        for name, module in model.named_modules()
+        if name.endswith(".layers") and isinstance(module, nn.ModuleList)
+    )
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
