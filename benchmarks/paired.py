@@ -178,9 +178,13 @@ def fastest_dtype() -> str:
 
 
 def stage_environment(threads: int) -> dict[str, str]:
-    """The environment of the stages: waiting threads sleep, and nothing asks the hub."""
-    wanted = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    return os.environ | wanted | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """The environment of the stages, the same for both sides: how threads wait, and nothing asks the hub."""
+    from peftkit.threads import settle
+
+    wanted = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = os.environ | wanted | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    settle(environment)
+    return environment
 
 
 def launch(file: str, stage: str, folder: Path, environment: Mapping[str, str]) -> None:

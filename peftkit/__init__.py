@@ -53,9 +53,14 @@ _HOMES = {
 
 _VERBS = ("bench", "plan", "train")
 """Packages that can be called."""
+_COMPUTING = ("evaluate", "generate", "merge")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _VERBS or name in _COMPUTING:
+        from peftkit import threads
+
+        threads.settle()
     if name in _VERBS:
         return import_module(f"peftkit.{name}")
     if name not in _HOMES:

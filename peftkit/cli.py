@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit import __version__
+from peftkit import __version__, threads
 from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
 
@@ -30,7 +30,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0 done, 1 ran and failed, 2 the input is wrong, 3 it does not fit."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbs = tuple(VERBS)
@@ -38,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peftkit: no verb {given[0]!r}{nearest(given[0], verbs)}. Verbs: {', '.join(verbs)}.", file=sys.stderr)
         return 2
     options = parse(given)
+    if options.verb not in LIGHT:
+        threads.settle()
     try:
         return int(VERBS[options.verb](options) or 0)
     except PeftkitError as fault:
@@ -387,6 +388,8 @@ VERBS = {
     "recipes": _recipes,
     "doctor": _doctor,
 }
+LIGHT = frozenset({"report", "compare", "recipes"})
+"""Verbs that compute nothing for which threads would wait."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,6 +26,7 @@ def describe_environment() -> dict[str, Any]:
         "device_memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "omp_spins": os.environ.get("GOMP_SPINCOUNT", "unset"),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

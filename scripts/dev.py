@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP, UNFINISHED = "peftkit-stamp.json", "peftkit-unfinished.json"
 
 EXTRAS = {"demo": (), "test": ("dev", "trackers"), "check": ("dev", "trackers"), "env": ("dev", "trackers")}
-SETTINGS = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {"TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of the two processes that run tests
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # for each of the two processes that run tests
 
 PROMPT = "Who are you, and what do you like?"
 SHORT = ("--max-new-tokens", "48")
