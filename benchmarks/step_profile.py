@@ -137,7 +137,7 @@ def profile_run(folder: Path) -> dict[str, Any]:
     head = read_head(recipe.task, load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed).train)
     dims, dtype = dims_of(recipe.backbone, head), compute_dtype(recipe.backbone, device)
     observer = ProfilingObserver(count)
-    peftkit.train(recipe, folder / "run", observer=observer)
+    peftkit.train(recipe, folder / "run", planned=False, observer=observer)
     peak = gemm_peak(dims, dtype, device)
     operators: dict[str, Counter[str]] = {}
     sizes = Sizes.of(recipe.method, dims)
