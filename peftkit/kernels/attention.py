@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from peftkit.kernels.autograd import apply
@@ -98,6 +97,8 @@ def attend(
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms: _Terms) -> Tensor:
     """FlashAttention over variable lengths, which ships with torch for CUDA."""
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler with it
+
     back = -1 if terms.window is None else terms.window - 1
     q_NQD, k_NKD, v_NKD = (states[0].transpose(0, 1) for states in (query, key, value))
     longest, bounds = max(segments.lengths), segments.bounds

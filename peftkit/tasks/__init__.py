@@ -39,14 +39,16 @@ def assume_head(spec: AnyTask) -> Head:
 
 def open_task(spec: AnyTask, head: Head) -> Task:
     """The runtime of a task spec."""
-    from peftkit.tasks.chat import ChatTask
-    from peftkit.tasks.classify import ClassifyTask
-    from peftkit.tasks.completion import CompletionTask
-
     match spec:
         case Chat():
+            from peftkit.tasks.chat import ChatTask
+
             return ChatTask(spec)
         case Completion():
+            from peftkit.tasks.completion import CompletionTask
+
             return CompletionTask(spec)
         case Classify():
+            from peftkit.tasks.classify import ClassifyTask
+
             return ClassifyTask(spec, head)

@@ -26,13 +26,6 @@ from peftkit.kernels.packed import real_rows
 from peftkit.stats import bootstrap_counts, bootstrap_scores
 from peftkit.tasks.base import EncodedExample, FeatureSet, Prediction, Score, encode_table
 from peftkit.tasks.forward import logits_of
-from peftkit.tasks.metrics import (
-    MultiLabelScores,
-    RegressionScores,
-    SingleLabelScores,
-    scores_of_confusion,
-    scores_of_label_sets,
-)
 from peftkit.tasks.spec import Classify
 
 PROBLEMS: dict[str, Problem] = {
@@ -44,11 +37,6 @@ METRIC_NAMES = {
     "single_label_classification": ("accuracy", "macro_f1", "micro_f1", "precision", "recall", "mcc"),
     "multi_label_classification": ("accuracy", "macro_f1", "micro_f1", "precision", "recall"),
     "regression": ("pearson", "rmse", "mae"),
-}
-SCORES = {
-    "single_label_classification": SingleLabelScores,
-    "multi_label_classification": MultiLabelScores,
-    "regression": RegressionScores,
 }
 
 
@@ -130,6 +118,8 @@ class ClassifyTask:
         return {"row": row, "label": target, "prediction": decision, "scores": [round(score, 6) for score in scores]}
 
     def _intervals(self, decided: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, tuple[float, float]]:
+        from peftkit.tasks.metrics import RegressionScores, scores_of_confusion, scores_of_label_sets
+
         if self.problem != "single_label_classification":
             score = RegressionScores.score if self.problem == "regression" else scores_of_label_sets
             return bootstrap_scores(lambda at: score(decided[at], truth[at]), len(truth))
@@ -154,6 +144,8 @@ class ClassifyTask:
         return ask(self, backbone, table, demonstrations, shots=shots, max_tokens=max_tokens)
 
     def metrics(self, predictions: Sequence[Prediction], *, intervals: bool) -> dict[str, Score]:
+        from peftkit.tasks.metrics import SCORES  # brings libraries that only scoring needs
+
         scores = SCORES[self.problem]
         decided = np.array([p["prediction"] for p in predictions])
         truth = np.array([p["label"] for p in predictions])

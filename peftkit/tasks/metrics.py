@@ -137,3 +137,11 @@ class RegressionScores(_Scores):
             "rmse": float(np.sqrt((error**2).mean())),
             "mae": float(np.abs(error).mean()),
         }
+
+
+SCORES = {
+    "single_label_classification": SingleLabelScores,
+    "multi_label_classification": MultiLabelScores,
+    "regression": RegressionScores,
+}
+"""By the problem of a head."""

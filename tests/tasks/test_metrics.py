@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
-from peftkit.tasks.classify import METRIC_NAMES, SCORES
+from peftkit.tasks.classify import METRIC_NAMES
 from peftkit.tasks.metrics import (
+    SCORES,
     MultiLabelScores,
     RegressionScores,
     SingleLabelScores,
