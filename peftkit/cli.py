@@ -158,20 +158,20 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from peftkit.plan import answer
+    from peftkit.plan import door
     from peftkit.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    questions = {"fit": answer.answer_fit, "compare": answer.answer_methods, "models": answer.answer_models}
-    asked = next((name for name in questions if getattr(options, name)), None)
-    alone = answer.answer_peer if options.trainer == "peer" else answer.answer_plan
-    found = (alone if asked is None else questions[asked])(recipe, options.gpu)
+    alone = "peer" if options.trainer == "peer" else "plan"
+    asked = next((name for name in ("fit", "compare", "models") if getattr(options, name)), alone)
+    found = door.answer(asked, load_recipe(options.recipe, options.overrides), options.gpu)
     if options.json:
         print(json.dumps(found.document))
     else:
         _console().print(found.shown)
     if options.plot is not None:
-        answer.draw(found, options.plot)
+        from peftkit.plan.answer import draw
+
+        draw(found, options.plot)
     return 0 if found.fits else DOES_NOT_FIT
 
 

@@ -37,12 +37,13 @@ class Parameters(Part):
 
 class Memory(Part):
     """Peaks of the training steps. `baseline_bytes` is what was held just before the first step, `predicted_terms` what
-    the predicted peak is made of."""
+    the predicted peak of tensors is made of, `predicted_peak_bytes` what the plan expected of `peak_bytes`."""
 
     kind: Literal["cuda-reserved", "rss"]
     baseline_bytes: int | None = None
     peak_bytes: int | None = None
     tensor_peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
     predicted_tensor_peak_bytes: int | None = None
     predicted_terms: dict[str, int] | None = None
 

@@ -224,7 +224,9 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Ob
     if memory is not None and admitted is not None:
         found = admitted.plan.simulation
         update = {"predicted_tensor_peak_bytes": found.step_bytes, "predicted_terms": found.step_terms}
-        memory = memory.model_copy(update=update)
+        # of a card the allocator's share is measured, of the host all that the process holds
+        peak = found.reserved_bytes if memory.kind == "cuda-reserved" else found.total_bytes
+        memory = memory.model_copy(update=update | {"predicted_peak_bytes": peak})
     return bare_record(recipe, "ok", None, environment=describe_environment()).model_copy(
         update={
             "parameters": Parameters(

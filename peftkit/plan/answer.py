@@ -126,6 +126,16 @@ def answer_models(recipe: Recipe, gpu: str | None) -> Answer:
     return Answer(fits, {"models": [_model(line) for line in lines]}, render_models(lines, card=_named(card)))
 
 
+QUESTIONS = {
+    "plan": answer_plan,
+    "peer": answer_peer,
+    "fit": answer_fit,
+    "compare": answer_methods,
+    "models": answer_models,
+}
+"""What a person may ask, by its flag."""
+
+
 def _named(card: Card) -> str:
     from peftkit.units import format_bytes
 

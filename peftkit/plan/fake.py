@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+from transformers.pytorch_utils import Conv1D
 
 from peftkit.plan.shapes import ShapeMode
 
@@ -42,18 +42,6 @@ def fake_tensors(*, masked: bool) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """No search for reference cycles inside: it would take a third of the time, and no storage is in one."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def materialize(model: nn.Module, dtype: torch.dtype) -> None:
     """Give a model on the meta device fake tensors: parameters in `dtype`, buffers in their own; ties stay."""
     made: dict[int, Any] = {}
@@ -80,10 +68,15 @@ def quantize_linears(model: nn.Module, dtype: torch.dtype, *, nested: bool, skip
     _count_packed_products()
     output = model.get_output_embeddings()  # type: ignore[operator]
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not output and path.split(".")[0] not in skip:
+        if is_packable(module) and module is not output and path.split(".")[0] not in skip:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _packed_linear(module, dtype, nested=nested))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT chooses its layers by
+
+
+def is_packable(module: nn.Module) -> bool:
+    """Whether transformers puts a packed layer in this one's place: a linear one, or GPT-2's transposed kind."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def _count_packed_products() -> None:
@@ -100,11 +93,11 @@ def _packed_product_flops(
     return 2 * math.prod(inputs) * weight[0]
 
 
-def _packed_linear(linear: nn.Linear, dtype: torch.dtype, *, nested: bool) -> nn.Module:
+def _packed_linear(linear: Any, dtype: torch.dtype, *, nested: bool) -> nn.Module:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-    shape = linear.weight.shape
+    shape = torch.Size(reversed(linear.weight.shape)) if isinstance(linear, Conv1D) else linear.weight.shape
     loaded = torch.empty(shape, dtype=dtype)
     blocks = math.ceil(shape.numel() / BLOCK)
     absmax: Tensor = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32)
@@ -135,7 +128,7 @@ def _packed_linear(linear: nn.Linear, dtype: torch.dtype, *, nested: bool) -> nn
     nn.Module.__init__(packed)
     packed.compute_dtype, packed.compute_type_is_set = dtype, True
     packed.quant_storage, packed.support_avx512bf16_for_cpu = torch.uint8, False
-    packed.in_features, packed.out_features = linear.in_features, linear.out_features
+    packed.out_features, packed.in_features = shape
     packed.register_parameter("weight", weight)
     packed.register_parameter("bias", linear.bias)
     packed.quant_state = weight.quant_state

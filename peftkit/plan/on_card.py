@@ -33,7 +33,7 @@ PAGED_ELEMENTS = 10**5
 def chosen_for(card: Architecture | None, tracker: StorageTracker) -> Iterator[None]:
     """Kernels and optimizers that run and allocate as on the card; without one, as on the host."""
     with ExitStack() as stack:
-        stack.enter_context(_quantized_optimizers(tracker))
+        stack.enter_context(quantized_optimizers(tracker))
         stack.enter_context(
             patch.object(lowprecision, "_buckets", partial(_few_buckets, lowprecision._buckets, tracker))
         )
@@ -74,15 +74,20 @@ def _paging(build: Builder) -> Builder:
     def paging(parameters: Iterable[nn.Parameter], training: Training, rounding: Rounding | None = None) -> Optimizer:
         if not training.optimizer.startswith("paged"):
             return build(parameters, training, rounding)
-        built: Any = build(parameters, training.model_copy(update={"optimizer": "adamw-8bit"}), rounding)
-        built.is_paged, built.args.optim_bits = True, 8 if training.optimizer.endswith("8bit") else 32
-        return cast(Optimizer, built)
+        built = build(parameters, training.model_copy(update={"optimizer": "adamw-8bit"}), rounding)
+        return paged(built, training.optimizer)
 
     return paging
 
 
+def paged(built: Any, name: str) -> Optimizer:
+    """bitsandbytes' optimizer in 8 bits as the paged one of this name, which its class refuses on the host."""
+    built.is_paged, built.args.optim_bits = True, 8 if name.endswith("8bit") else 32
+    return cast(Optimizer, built)
+
+
 @contextmanager
-def _quantized_optimizers(tracker: StorageTracker) -> Iterator[None]:
+def quantized_optimizers(tracker: StorageTracker) -> Iterator[None]:
     """bitsandbytes' optimizers on fake tensors: their tables are not computed, and paged states not counted."""
     from bitsandbytes.optim.optimizer import Optimizer8bit
 

@@ -19,15 +19,19 @@ from peftkit.backbones.load import Backbone, build_skeleton
 from peftkit.backbones.quiet import quietly
 from peftkit.backbones.spec import LANGUAGE_HEAD, Head
 from peftkit.errors import InputError
+from peftkit.plan.collection import without_collection
 from peftkit.plan.cuda_operators import Architecture, cuda_operators, scratch_of
 from peftkit.plan.depth import depth_of, shorten_config, singles_out, trace_deep
-from peftkit.plan.fake import fake_tensors, materialize, quantize_linears, without_collection
+from peftkit.plan.fake import fake_tensors, is_packable, materialize, quantize_linears
 from peftkit.plan.kinds import tag_gradients, tag_state, tag_weights
+from peftkit.plan.on_card import paged, quantized_optimizers
 from peftkit.plan.simulation import Simulation, summarize
 from peftkit.plan.sizes import Size
 from peftkit.plan.storages import StorageTracker, Stream
 from peftkit.recipe import Recipe
 
+LAYER_SETTINGS = ("target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "adapter_layers")
+"""Of PEFT's configurations, those that may name or count layers."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,6 +42,8 @@ class PeerSettings:
     Attributes:
         lengths: tokens of every example of each optimizer step; the last step is the one reported.
         adapter: PEFT's configuration; None trains all weights.
+        optimizer: as a recipe names it, or torch's plain SGD.
+        narrow_adapters: adapters stay in the weights' dtype, which PEFT would widen to float32.
         attention: transformers' name of the implementation.
         repeat_heads: keys and values are repeated for each query head before fused attention.
         loads_on_device: transformers loads straight onto the device, into one block that it asks for beforehand.
@@ -51,6 +57,8 @@ class PeerSettings:
     batch: int
     lengths: tuple[int, ...]
     adapter: Any = None
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"] = "adamw"
+    narrow_adapters: bool = False
     precision: Literal["fp16", "bf16", "fp32"] = "bf16"
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = False
@@ -88,6 +96,7 @@ def settings_of(
         batch=batch,
         lengths=(max(sizes).tokens,) * 2,
         adapter=_adapter_of(recipe, dims, config),
+        optimizer=training.optimizer,
         precision=_precision(recipe, architecture),
         quantization=recipe.backbone.quantization,
         double_quantization=True,
@@ -120,7 +129,7 @@ def _precision(recipe: Recipe, architecture: Architecture) -> Literal["fp16", "b
 def simulate_peer(settings: PeerSettings, config: Any) -> Simulation:
     """Memory of the step of `settings` for the model of a transformers configuration, on a CUDA device."""
     options = {} if settings.adapter is None else settings.adapter.to_dict()
-    named = {key: options.get(key) for key in ("target_modules", "layers_to_transform", "rank_pattern")}
+    named = {key: options.get(key) for key in LAYER_SETTINGS}
     depth = depth_of(build_skeleton(config, Head("language")), config, None if singles_out(named) else [])
 
     def trace(stretches: Sequence[int]) -> Stream:
@@ -141,6 +150,7 @@ def _trace(settings: PeerSettings, config: Any) -> Stream:
         quietly(),
         fake_tensors(masked=settings.padded),
         cuda_operators(architecture, repeat_heads=settings.repeat_heads),
+        quantized_optimizers(tracker),
         tracker,
     ):
         tracker.enter("load*")
@@ -169,7 +179,8 @@ def _build_model(settings: PeerSettings, config: Any) -> Any:
 
         if settings.quantization == "nf4":
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.checkpointing)
-        model = peft.get_peft_model(model, settings.adapter)
+        widened = not settings.narrow_adapters
+        model = peft.get_peft_model(model, settings.adapter, autocast_adapter_dtype=widened)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -179,14 +190,26 @@ def _build_model(settings: PeerSettings, config: Any) -> Any:
 def _ask_beforehand(model: Any, dtype: torch.dtype, *, quantized: bool) -> None:
     """One block of the size of all weights, freed at once: the allocator then cuts them out of it."""
     output = model.get_output_embeddings()
-    inner = {id(m.weight) for m in model.modules() if quantized and type(m) is nn.Linear and m is not output}
+    inner = {id(m.weight) for m in model.modules() if quantized and is_packable(m) and m is not output}
     sizes = [p.numel() // 2 if id(p) in inner else p.numel() * dtype.itemsize for p in model.parameters()]
     torch.empty(sum(sizes), dtype=torch.uint8)
 
 
+def _open_optimizer(settings: PeerSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own with whole lists of tensors at once, as it chooses on a card, or bitsandbytes'."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, foreach=True)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, foreach=True)
+    from bitsandbytes.optim import AdamW8bit
+
+    built: torch.optim.Optimizer = AdamW8bit(parameters)
+    return paged(built, settings.optimizer) if settings.optimizer.startswith("paged") else built
+
+
 def _train(settings: PeerSettings, model: nn.Module, tracker: StorageTracker, vocab: int) -> None:
     """Optimizer steps in the order that such scripts take them."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    optimizer = _open_optimizer(settings, [p for p in model.parameters() if p.requires_grad])
     kept: list[Any] = []
     for number, length in enumerate(settings.lengths, start=1):
         suffix = "" if number == len(settings.lengths) else "*"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from peftkit.backbones.dims import Dims, read_dims
 from peftkit.backbones.load import build_skeleton, read_config
 from peftkit.backbones.spec import Head
 from peftkit.errors import InputError
+from peftkit.files import write_json
 from peftkit.plan.cards import Card
 from peftkit.plan.cuda_operators import Architecture
 from peftkit.plan.estimate import Rates, rates_of, step_seconds
+from peftkit.plan.known import Streams
 from peftkit.plan.peer import settings_of, simulate_peer
 from peftkit.plan.simulate import simulate
 from peftkit.plan.simulation import Simulation
@@ -26,7 +29,7 @@ from peftkit.recipe import Recipe
 from peftkit.units import format_bytes
 
 RECORDED = Path(__file__).parent / "recorded_error.json"
-"""Written by `python benchmarks/plan_accuracy.py --record`."""
+"""Written by `plan_accuracy.py --record` and `plan_host.py --record` in benchmarks/."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class Plan:
             "card": {"name": self.card.name, "memory_bytes": self.card.memory_bytes, "kind": self.card.kind},
             "phase": found.phase,
             "terms": found.terms,
+            "layers": {str(layer): kinds for layer, kinds in found.layers.items()},
             "phase_peaks": found.phase_peaks,
             "parameters": {"total": self.total_params, "trainable": self.trainable_params},
             "lengths": {"source": self.workload.source, "longest": max(self.workload.longest).tokens},
@@ -112,6 +116,7 @@ class Planner:
     config: Any
     dims: Dims
     rates: Rates | None
+    streams: Streams = field(default_factory=Streams, repr=False)
 
     @classmethod
     def open(cls, recipe: Recipe, head: Head, card: Card) -> Planner:
@@ -144,6 +149,7 @@ class Planner:
             device=kind,
             architecture=architecture_of(self.card),
             config=self.config,
+            known=self.streams,
         )
         if kind == "cpu":
             found = on_host(found)
@@ -174,7 +180,7 @@ class Planner:
             simulation=found,
             total_params=self.dims.num_params,
             trainable_params=recipe.method.trainable_params(self.dims),
-            margin=recorded_margin(),
+            margin=recorded_margin(self.card.kind),
             step_seconds=None if self.rates is None else step_seconds(found, self.rates, scale=scale),
             num_steps=workload.num_steps(recipe),
         )
@@ -195,7 +201,14 @@ def on_host(found: Simulation) -> Simulation:
 
 
 @cache
-def recorded_margin() -> float:
-    """The largest fraction by which the planner came out below a measured run."""
+def recorded_margin(kind: str) -> float:
+    """The largest fraction by which the planner came out below a measured run, on this kind of device."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    return float(recorded["largest_underestimate"])
+    return float(recorded[kind]["largest_underestimate"])
+
+
+def record_margin(kind: str, errors: Sequence[float]) -> None:
+    """Take these errors, predicted / measured - 1, as what is known of a kind of device."""
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    worst = round(max(0.0, *(-error for error in errors)), 4)
+    write_json(RECORDED, recorded | {kind: {"largest_underestimate": worst, "runs": len(errors)}})

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+aten = torch.ops.aten
 ASKED_ANEW = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view})
 """Tags of operators whose outputs depend on more than shapes, or that change the shape of an argument."""
 PLAIN = frozenset(
     {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
 )
+
+ALARMS = frozenset({aten.any.default, aten.any.dim, aten.any.dims})
+"""What a model asks to see whether something is amiss, such as a number that is none."""
+ALARM = "peftkit_alarm"
+"""Mark of their outputs."""
 
 Tensors = dict[int, tuple[int, FakeTensor]]
 """Of one call, by identity: position among them, and the tensor."""
@@ -58,6 +64,14 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and type(args[0]) is FakeTensor and args[0].constant is None:
+            return _guessed(args[0])
+        out = self._answer(func, types, args, kwargs)
+        if func in ALARMS:
+            vars(out)[ALARM] = True
+        return out
+
+    def _answer(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         tensors: Tensors = {}
         key = _key(func, args, kwargs, tensors)
         if key is None:
@@ -91,6 +105,14 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         fake = Tensor._make_subclass(FakeTensor, inner, False, dispatch_device=True, device_for_backend_keys=device)
         vars(fake).update(self._attributes[device])
         return fake
+
+
+def _guessed(tensor: FakeTensor) -> bool | int | float:
+    """The number in a tensor of unknown content, so that a step goes its usual way: nothing is amiss, and what is drawn
+    to decide whether a module is left out keeps it."""
+    if tensor.dtype is torch.bool:
+        return not vars(tensor).get(ALARM, False)
+    return 1.0 if tensor.is_floating_point() else 1
 
 
 def _key(func: Any, args: Any, kwargs: Any, tensors: Tensors) -> tuple[Any, ...] | None:

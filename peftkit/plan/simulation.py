@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 from peftkit.backbones.dims import LAYER_INDEX
 from peftkit.plan.allocator import CachingAllocator
@@ -12,6 +12,9 @@ from peftkit.plan.storages import Birth, Stream
 
 SHOWN = 500
 """A timeline shows changes of more than one part of the peak in so many."""
+BETWEEN_STEPS = ("evaluation", "save")
+"""Phases behind a step."""
+ACTIVATIONS = "activations: "
 KINDS = {"self_attn": "attention", "attention": "attention", "mlp": "feed-forward", "intermediate": "feed-forward"}
 
 
@@ -35,12 +38,13 @@ class Simulation:
         terms: bytes at that moment by what they are; with the allocator's slack and the context they sum to the total.
         phase_peaks: allocated by phase.
         first_step_bytes: peak of allocated in the first step, before the optimizer has any state.
-        step_bytes: peak of allocated in the last step, without the evaluation behind it.
+        step_bytes: peak of allocated in the last step, without what comes behind it.
         step_terms: what they are.
         timeline: of the last step and the evaluation, at every change of more than a five-hundredth of the peak.
         work: phase, floating-point operations and bytes read and written of what ran, operator by operator.
         flops: floating-point operations by phase.
         moved_bytes: read and written by operators, by phase.
+        layers: of the terms the activations, by the index of their layer and by kind.
     """
 
     allocated_bytes: int
@@ -56,6 +60,7 @@ class Simulation:
     work: list[tuple[str, int, int]] = field(repr=False)
     flops: dict[str, int]
     moved_bytes: dict[str, int]
+    layers: dict[int, dict[str, int]] = field(default_factory=dict, repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -76,7 +81,7 @@ def summarize(
     steps = {phase: value for phase, value in peaks.allocated.items() if not phase.endswith("*")}
     first = [value for phase, value in peaks.allocated.items() if phase.endswith("*") and phase != "load*"]
     phase = max(steps, key=lambda name: steps[name])
-    trained = max((name for name in steps if name != "evaluation"), key=lambda name: steps[name])
+    trained = max((name for name in steps if name not in BETWEEN_STEPS), key=lambda name: steps[name])
     terms = _terms(stream, peaks.event[phase], vocab)
     slack = peaks.reserved - sum(terms.values())
     return Simulation(
@@ -85,6 +90,7 @@ def summarize(
         context_bytes=context_bytes,
         phase=phase,
         terms=terms | {"allocator slack": slack, "context": context_bytes},
+        layers=_layers(stream, peaks.event[phase], vocab),
         phase_peaks=steps,
         first_step_bytes=max(first, default=steps[phase]),
         step_bytes=steps[trained],
@@ -105,22 +111,38 @@ def _terms(stream: Stream, event: int, vocab: int) -> dict[str, int]:
     return dict(terms)
 
 
+def _layers(stream: Stream, event: int, vocab: int) -> dict[int, dict[str, int]]:
+    """Activations that live behind an event, by layer and kind."""
+    layers: dict[int, Counter[str]] = {}
+    for number in stream.live_at(event):
+        birth = stream.births[number]
+        index, term = LAYER_INDEX.search(birth.module + "."), term_of(birth, vocab)
+        if index is not None and term.startswith(ACTIVATIONS):
+            layers.setdefault(int(index[1]), Counter())[term.removeprefix(ACTIVATIONS)] += birth.num_bytes
+    return {layer: dict(layers[layer]) for layer in sorted(layers)}
+
+
 def term_of(birth: Birth, vocab: int) -> str:
     """What a storage is, in the words of the table of terms."""
     if birth.kind is not None:
         return birth.kind
-    if birth.operator.startswith("bitsandbytes."):
+    return _term(birth.operator, birth.phase, birth.module, birth.last == vocab)
+
+
+@cache
+def _term(operator: str, phase: str, module: str, logits: bool) -> str:
+    if operator.startswith("bitsandbytes."):
         return "dequantized weights"
-    if birth.phase.startswith("optimizer"):
+    if phase.startswith("optimizer"):
         return "optimizer temporaries"
-    if birth.last == vocab or birth.phase.startswith("loss"):
+    if logits or phase.startswith("loss"):
         return "logits and loss"
-    if birth.phase.startswith("backward") and "attention" in birth.operator:
+    if phase.startswith("backward") and "attention" in operator:
         return "attention temporaries"
-    if birth.phase.startswith("backward") and not LAYER_INDEX.search(birth.module + "."):
+    if phase.startswith("backward") and not LAYER_INDEX.search(module + "."):
         return "activation gradients"
-    part = next((KINDS[word] for word in re.split(r"\.", birth.module) if word in KINDS), "other")
-    return f"activations: {part}"
+    part = next((KINDS[word] for word in module.split(".") if word in KINDS), "other")
+    return ACTIVATIONS + part
 
 
 @dataclass(slots=True)
@@ -153,6 +175,9 @@ def _walk(stream: Stream, *, on_card: bool, expandable: bool) -> _Peaks:
             peaks.allocated[phase], peaks.event[phase] = held, index
         if not phase.startswith("load"):
             peaks.reserved = max(peaks.reserved, allocator.reserved_bytes if on_card else held)
+    last = stream.phases[-1][1]  # may be without an event
+    peaks.allocated.setdefault(last, held)
+    peaks.event.setdefault(last, len(stream.events) - 1)
     return peaks
 
 

@@ -27,6 +27,7 @@ from peftkit.recipe import Recipe, Training
 from peftkit.tasks import open_task
 from peftkit.tasks.base import Task
 from peftkit.train.activations import OFFLOADED_BYTES, set_checkpointing
+from peftkit.train.checkpoint import tensors_to_write
 from peftkit.train.fastpath import FastPath
 from peftkit.train.frozen_layers import answering, lowest_trainable_block, repeated_blocks
 from peftkit.train.loop import AUTO_TOKENS
@@ -42,8 +43,10 @@ def run_steps(
     *,
     steps: Sequence[Sequence[Size]],
     device: Literal["cuda", "cpu"],
-) -> Adapted:
-    """Optimizer steps as the training loop takes them, then a forward of the evaluation; tensors fake or real.
+) -> Steps:
+    """Optimizer steps as the training loop takes them, a forward of the evaluation, and what saving gathers.
+
+    Tensors are fake or real, and what is left of them lives as long as what is returned.
 
     Args:
         tracker: is in place.
@@ -56,7 +59,7 @@ def run_steps(
     )
     fast.check_recomputing(recipe)
     set_checkpointing(adapted.model, training.checkpointing)
-    loop = _Steps(
+    loop = Steps(
         training,
         adapted,
         open_task(recipe.task, head),
@@ -81,11 +84,12 @@ def run_steps(
         adapted.model.eval()
         longest, limit = max(steps[-1]), recipe.evaluation.batch_tokens
         loop.score(_examples([longest] * max(1, limit // longest.tokens), head), limit)
-    return adapted
+    loop.save()
+    return loop
 
 
 @dataclass(frozen=True, slots=True)
-class _Steps:
+class Steps:
     """What `Loop` and `Gradients` do in a step, without what watches it.
 
     Attributes:
@@ -135,6 +139,20 @@ class _Steps:
         (batch,) = self.fast.batches(features, max_tokens=max_tokens)
         with computing(self.adapted, torch.device("cpu")), self.fast.active(), self._kept(batch):
             self.task.measure(self.adapted.model, batch)
+
+    def save(self) -> None:
+        """What is gathered for a checkpoint and for the adapter's file, and nothing of it written."""
+        self.tracker.enter("save")
+        with torch.no_grad():
+            tensors_to_write(self.adapted.trainable())
+            self.updates.state_dict()
+            if self.adapted.artifact == "adapter":
+                from peft import get_peft_model_state_dict
+
+                model = self.adapted.model
+                held = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+                held.update(model.named_buffers(remove_duplicate=False))
+                get_peft_model_state_dict(model, held, save_embedding_layers=False)
 
     def _loss(self, batch: Batch) -> Tensor:
         kept = self._kept(batch)

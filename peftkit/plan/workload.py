@@ -75,7 +75,7 @@ def workload_of(recipe: Recipe, sizes: Sequence[Size]) -> Workload:
 
 def heaviest_forwards(recipe: Recipe, sizes: Sequence[Size], *, device: Literal["cuda", "cpu"]) -> tuple[Size, ...]:
     """Of the forwards that a step is cut into, the examples of the largest ones: enough to simulate."""
-    groups = _cut(recipe, [size.tokens for size in sizes], device=device) if sizes else []
+    groups = cut_step(recipe, [size.tokens for size in sizes], device=device) if sizes else []
     if len(groups) <= SIMULATED_FORWARDS:
         return tuple(sizes)
     largest = sorted(groups, key=lambda group: sum(map(len, group)), reverse=True)[:SIMULATED_FORWARDS]
@@ -93,11 +93,11 @@ def _steps(recipe: Recipe, num_examples: int) -> Iterator[np.ndarray[tuple[int, 
 
 def _weight(recipe: Recipe, lengths: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[int, int]:
     """What a step's peak grows with: the tokens of its largest forward, then its longest example."""
-    groups = _cut(recipe, [int(length) for length in lengths], device="cpu")
+    groups = cut_step(recipe, [int(length) for length in lengths], device="cpu")
     return max(sum(map(len, group)) for group in groups), int(lengths.max())
 
 
-def _cut(recipe: Recipe, lengths: Sequence[int], *, device: Literal["cuda", "cpu"]) -> list[list[Features]]:
+def cut_step(recipe: Recipe, lengths: Sequence[int], *, device: Literal["cuda", "cpu"]) -> list[list[Features]]:
     """A step's forwards, as the loop cuts them."""
     examples = [Features(np.empty(length, dtype=np.int32), 0, 1, row) for row, length in enumerate(lengths)]
     cut = packs if recipe.training.kernels.packing else micro_batches

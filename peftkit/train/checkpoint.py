@@ -89,7 +89,12 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def tensors_to_write(trainable: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The trained tensors as a file takes them: copies of those that do not lie in one piece."""
+    return {name: parameter.detach().contiguous() for name, parameter in trainable.items()}
+
+
 def _write_tensors(folder: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: parameter.detach().contiguous() for name, parameter in trainable.items()}, folder / TENSORS)
+    save_file(tensors_to_write(trainable), folder / TENSORS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from peftkit.backbones.load import dims_of
+from peftkit.backbones.load import build_skeleton, dims_of
 from peftkit.backbones.spec import LANGUAGE_HEAD
 from peftkit.errors import InputError
 from peftkit.plan import on_card
@@ -27,6 +27,10 @@ SIZES = fully_labelled((40, 33, 12))
 LABELLED = sum(size.labelled for size in SIZES)
 CARD = Architecture((8, 9))
 Build = Callable[..., Recipe]
+
+
+def params_of(config: Any) -> int:
+    return sum(parameter.numel() for parameter in build_skeleton(config, LANGUAGE_HEAD).parameters())
 
 
 def test_the_terms_sum_to_the_total(chat_recipe: Build) -> None:
@@ -131,6 +135,26 @@ def test_scoring_is_a_phase_of_its_own(chat_recipe: Build) -> None:
     assert step_seconds(never, rates, scale=1.0) == step_seconds(many, rates, scale=1.0)
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_saving_is_a_phase_that_finds_weights_and_optimizer_state(chat_recipe: Build, method: str) -> None:
+    recipe = chat_recipe("backbone.dtype=float32", "evaluation.every=never", method=method)
+    found = simulate(recipe, LANGUAGE_HEAD, sizes=SIZES, device="cpu")
+    held = sum(found.terms[term] for term in ("weights", "adapters", "optimizer state"))
+    # virtual tokens go through their encoder on the way to the file: one more copy of them in float32
+    made = found.terms["adapters"] if method == "prompt" else 0
+    # but for a few numbers: the step's loss, the tokens' indices
+    assert found.phase_peaks["save"] == pytest.approx(held + made, abs=1024)
+    assert found.step_bytes == found.allocated_bytes
+
+
+def test_activations_are_told_layer_by_layer(chat_recipe: Build) -> None:
+    found = simulate(chat_recipe("evaluation.every=never"), LANGUAGE_HEAD, sizes=SIZES)
+    assert list(found.layers) == [0, 1]
+    for kind in ("attention", "feed-forward"):
+        by_layer = [layer[kind] for layer in found.layers.values()]
+        assert sum(by_layer) == found.terms[f"activations: {kind}"] > 0
+
+
 def test_cached_layers_do_not_run(chat_recipe: Build) -> None:
     stream = step_stream(chat_recipe("method.layers=top-1", "training.activation_cache=true"))
     ran = {birth.module.partition(".layers.")[2][:1] for birth in stream.births if birth.phase == "forward"}
@@ -205,6 +229,19 @@ def test_int8_is_refused_with_the_remedy(chat_recipe: Build) -> None:
         simulate(chat_recipe("backbone.quantization=int8"), LANGUAGE_HEAD, sizes=SIZES)
 
 
+def test_a_step_takes_its_usual_way_where_numbers_are_unknown(chat_recipe: Build) -> None:
+    # VB-LoRA stops at a logit that is no number, LoHa leaves a layer out by a number that it draws
+    for options in ({"type": "VBLORA", "vector_length": 8, "num_vectors": 16}, {"type": "LOHA"}):
+        method = {"kind": "peft", "target_modules": ["q_proj"], **options}
+        assert simulate(chat_recipe(method=method), LANGUAGE_HEAD, sizes=SIZES).terms["adapters"] > 0
+
+
+def test_sizes_that_depend_on_numbers_are_one_message(chat_recipe: Build) -> None:
+    method = {"kind": "peft", "type": "SHIRA", "r": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(InputError, match="--no-plan"):
+        simulate(chat_recipe(method=method), LANGUAGE_HEAD, sizes=SIZES)
+
+
 def test_eager_attention_holds_scores_that_fused_attention_does_not(tiny_llama: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_llama)
     length, batch = 256, 2
@@ -217,6 +254,32 @@ def test_eager_attention_holds_scores_that_fused_attention_does_not(tiny_llama: 
     scores = batch * config.num_attention_heads * length**2
     # within 5 %: queries, keys and values are copied differently, and are 32 times smaller
     assert held("eager") - held("sdpa") == pytest.approx(config.num_hidden_layers * scores * (4 + 2), rel=0.05)
+
+
+def test_another_trainers_optimizer_counts(tiny_llama: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_llama)
+
+    def state(optimizer: Any) -> int:
+        settings = PeerSettings(batch=2, lengths=(40, 40), precision="bf16", optimizer=optimizer)
+        return simulate_peer(settings, config).terms.get("optimizer state", 0)
+
+    weights = params_of(config)
+    # two moments in the weights' dtype; two of a byte each, and a scale for 256 of them
+    assert state("adamw") == pytest.approx(2 * 2 * weights, rel=0.01)
+    assert state("adamw-8bit") == pytest.approx((2 + 2 * 4 / 256) * weights, rel=0.05)
+    assert state("sgd") == 0
+
+
+def test_packed_layers_take_the_place_of_gpt2s_transposed_ones() -> None:
+    from peft import LoraConfig
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128)
+    adapter = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    settings = PeerSettings(batch=1, lengths=(16, 16), adapter=adapter, precision="fp16", quantization="nf4")
+    found = simulate_peer(settings, config)
+    # of each layer 3 + 1 + 4 + 4 times hidden x hidden weights, at half a byte
+    assert found.terms["weights, quantized"] == 2 * 12 * 64 * 64 // 2
 
 
 def test_a_published_run_on_a_t4_is_predicted() -> None:
