@@ -58,24 +58,42 @@ def repeat(shallow: Stream, deeper: Sequence[Deeper], *, period: int = 1) -> Str
     items, *others = (read_items(stream) for stream in (shallow, *(other.stream for other in deeper)))
     shallow_signs, *deep_signs = signs([items, *others])
     kinds = signs([items, *others], any_step=True)[1:]
-    runs = _apart([insertions(shallow_signs, deep) for deep in deep_signs])
+    runs = _apart([insertions(shallow_signs, deep) for deep in deep_signs], others)
     grown = [_Grown(group, others[group], kinds[group], runs[group], other.extra) for group, other in enumerate(deeper)]
     return _Writer(items, grown, period).write()
 
 
-def _apart(groups: Sequence[Sequence[Insertion]]) -> list[list[Insertion]]:
+def _apart(groups: Sequence[Sequence[Insertion]], deep: Sequence[Sequence[Item]]) -> list[list[Insertion]]:
     """The blocks of each stretch; where stretches compute alike theirs could lie anywhere in all of them, and one
-    behind the other is where they do not refer to each other."""
-    sharing: dict[tuple[int, int, int], list[int]] = {}
+    behind the other is where they do not refer to each other.
+
+    Args:
+        deep: the items of the model that is deeper in each stretch.
+    """
+    sharing: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for group, runs in enumerate(groups):
         for run in runs:
-            sharing.setdefault((run.at, run.size, run.slack), []).append(group)
+            alike = sharing.setdefault((run.at, run.size, run.slack), [])
+            alike.append((_referred(run, runs, deep[group]), group))
 
     def parted(group: int, run: Insertion) -> Insertion:
-        alike = sharing[run.at, run.size, run.slack]
-        return run.share(alike.index(group), len(alike))
+        order = [other for _, other in sorted(sharing[run.at, run.size, run.slack])]
+        return run.share(order.index(group), len(order))
 
     return [[parted(group, run) for run in runs] for group, runs in enumerate(groups)]
+
+
+def _referred(run: Insertion, runs: Sequence[Insertion], items: Sequence[Item]) -> int:
+    """Where the blocks are whose births a block's deaths end, as these come in the order of those: gradients from the
+    uppermost layer down. 0 for a block of births."""
+    around = items[max(0, run.start - run.slack) : run.start + GROWTH * run.size + run.slack]
+    births = [item.born for item in around if item.born is not None]
+
+    def hits(other: Insertion) -> int:
+        return sum(other.start <= birth < other.start + GROWTH * other.size for birth in births)
+
+    found = max(runs, key=hits)
+    return found.at if hits(found) and items[run.start].born is not None else 0
 
 
 class _Grown:

@@ -81,6 +81,8 @@ def test_an_encoder_on_the_host_repeats_too(classify_recipe: Build, tiny_bert: P
     [
         # each stretch is grown by itself; three layers that train are few enough to stay
         (17, ["method=prompt", "training.checkpointing=9"], [(4, 2), (2, 4), (2, 2)]),
+        (17, ["method=lora", "training.checkpointing=9"], [(4, 2), (2, 4), (2, 2)]),
+        (17, ["method=full", "training.checkpointing=8"], [(4, 2), (2, 4), (2, 2)]),
         (13, ["method=lora", "method.layers=top-3"], [(4, 3), (2, 3)]),
     ],
 )
