@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__, threads
+from peftkit.deploy import harness_flags as lm_tasks
 from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
 
@@ -103,6 +104,7 @@ def build_parser() -> Parser:
     score.add_argument("recipe", type=Path, nargs="?", help="whose task and data to use; default: the run's own")
     overridable(score)
     score.add_argument("--out", type=Path, help="where eval.json goes")
+    lm_tasks.add_flags(score)
     generate = verb("generate", "write an answer to a prompt")
     generate.add_argument("reference", help="a run's folder, a model folder, a hub id or a packaged backbone")
     generate.add_argument("prompt")
@@ -193,13 +195,16 @@ def _tell(text: str) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from peftkit.recipe import load_recipe
-    from peftkit.run import evaluate
+    if lm_tasks.is_asked(options):
+        metrics = lm_tasks.answer(options)
+    else:
+        from peftkit.recipe import load_recipe
+        from peftkit.run import evaluate
 
-    if options.recipe is not None and "=" in str(options.recipe):
-        raise InputError("overrides need a recipe before them: peftkit eval RUN RECIPE key=value.")
-    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-    metrics = evaluate(options.reference, recipe, out=options.out)
+        if options.recipe is not None and "=" in str(options.recipe):
+            raise InputError("overrides need a recipe before them: peftkit eval RUN RECIPE key=value.")
+        recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+        metrics = evaluate(options.reference, recipe, out=options.out)
     if options.json:
         print(json.dumps({name: metric.model_dump(exclude_none=True) for name, metric in metrics.items()}))
     else:

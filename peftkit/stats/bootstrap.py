@@ -118,6 +118,17 @@ def bootstrap_counts(
     return {name: _percentiles(values, level) for name, values in found.items()}
 
 
+def share_interval(value: float, n: int, *, level: float = 0.95) -> tuple[float, float] | None:
+    """Wilson's interval (1927) of a share of n examples that are right or wrong; None where it is not such a share."""
+    right = round(value * n)
+    if not 0 <= right <= n or abs(right - value * n) > 1e-3:
+        return None
+    from scipy.stats import binomtest
+
+    found = binomtest(right, n).proportion_ci(confidence_level=level, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of independent values, for example one score a seed.
 

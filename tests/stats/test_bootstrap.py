@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from peftkit.errors import InputError
-from peftkit.stats.bootstrap import bootstrap_interval, bootstrap_scores, bootstrap_statistic, t_interval
+from peftkit.stats.bootstrap import (
+    bootstrap_interval,
+    bootstrap_scores,
+    bootstrap_statistic,
+    share_interval,
+    t_interval,
+)
 
 
 def test_the_interval_of_a_mean_is_close_to_the_normal_one_for_many_examples() -> None:
@@ -122,3 +128,10 @@ def test_t_intervals_over_three_seeds_cover_a_known_truth_95_times_in_100() -> N
     samples = np.random.default_rng(8).normal(0.87, 0.01, (4000, 3))
     hits = sum(low <= 0.87 <= high for low, high in map(t_interval, samples))
     assert hits / 4000 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 4000))
+
+
+def test_a_share_has_wilsons_interval_and_what_is_no_share_of_n_has_none() -> None:
+    # all of n right: the lower end is 1 / (1 + z^2 / n)
+    assert share_interval(1.0, 8) == (pytest.approx(1 / (1 + 1.959964**2 / 8), abs=1e-6), 1.0)
+    assert share_interval(0.55, 10) is None
+    assert share_interval(1.5, 10) is None
