@@ -21,7 +21,7 @@ from peftkit.report.tables import escape_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PUBLISHED = ("report.md", "results.csv", "differences.csv", "scatter.png", "suite.yaml")
+PUBLISHED = ("report.md", "results.csv", "results.parquet", "differences.csv", "scatter.png", "suite.yaml")
 README_TABLES = {"demo table": "demo/report.md", "what fits": "what-fits/tokens-1024.json"}
 """The README's generated tables, by the word in their marker, and where their rows lie."""
 HEADER = """# Results
@@ -83,7 +83,9 @@ def section(folder: Path) -> str:
     """A run's report, one heading level down, its links pointing into its folder."""
     text = (folder / "report.md").read_text(encoding="utf-8")
     text = re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE)
-    text = re.sub(r"\]\((scatter\.png|results\.csv|differences\.csv)\)", rf"](results/{folder.name}/\1)", text)
+    text = re.sub(
+        r"\]\((scatter\.png|results\.csv|results\.parquet|differences\.csv)\)", rf"](results/{folder.name}/\1)", text
+    )
     command = f"peftkit bench benchmarks/{folder.name.replace('-', '_')}.yaml --out runs/{folder.name}"
     return re.sub(r"```\npeftkit bench .*?\n```", f"```\n{command}\n```", text, flags=re.DOTALL)
 

@@ -14,6 +14,7 @@ from peftkit import __version__, threads
 from peftkit.deploy import harness_flags as lm_tasks
 from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
+from peftkit.report import verbs as finished
 
 if TYPE_CHECKING:
     from peftkit.recipe import Recipe
@@ -121,13 +122,8 @@ def build_parser() -> Parser:
     bench.add_argument("suite", type=Path)
     overridable(bench)
     bench.add_argument("--out", type=Path, help="folder of the results; default runs/bench-NAME")
-    report = verb("report", "tables and plots of finished runs")
-    report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
-    report.add_argument("--reference", metavar="NAME", help="variant to compare with; default: the suite's, or lora")
-    compare = verb("compare", "test B against A over the same examples; exit 1 where B is significantly worse")
-    compare.add_argument("one", type=Path, metavar="A", help="a run's folder, or a benchmark's")
-    compare.add_argument("other", type=Path, metavar="B", help="another of the same kind")
-    compare.add_argument("--metric", metavar="NAME", help="default: the one that decides in both")
+    bench.add_argument("--advise", action="store_true", help="end with what to take, why, and what is given up")
+    finished.add_flags(verb)
     data = verb("data", "show rendered examples, token by token, and what carries loss")
     data.add_argument("recipe", type=Path)
     overridable(data)
@@ -247,6 +243,7 @@ def _adapters(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from peftkit.bench.executor import run_suite
     from peftkit.bench.suite import load_suite
+    from peftkit.report.advice import advise, render_advice
     from peftkit.report.comparison import compare_rows
     from peftkit.report.rows import read_cells
     from peftkit.report.tables import render_terminal
@@ -254,51 +251,35 @@ def _bench(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, options.overrides)
     out = options.out or Path("runs") / f"bench-{suite.name}"
     results = run_suite(suite, out, report_progress=_tell)
+    rows = read_cells([out])
+    advice = advise(rows) if options.advise else []
     if options.json:
-        print(json.dumps({"out": str(out), "cells": {str(r.folder): r.status for r in results}}))
+        found = {"out": str(out), "cells": {str(r.folder): r.status for r in results}}
+        told = {"advice": [each.to_document() for each in advice]} if options.advise else {}
+        print(json.dumps(found | told))
     else:
-        rows = read_cells([out])
         _console().print(render_terminal(rows, compare_rows(rows, suite.reference)))
         for kind, name in (
             ("table", "report.md"),
             ("page", "report.html"),
             ("plot", "scatter.png"),
             ("data", "results.csv"),
+            ("data", "results.parquet"),
         ):
             if (out / name).is_file():
                 print(f"{kind}  {out / name}")
+        if advice:
+            _console().print(render_advice(advice))
     return 0 if all(result.status == "ok" for result in results) else 1
 
 
-def _report(options: argparse.Namespace) -> None:
-    from peftkit.report.comparison import compare_rows
-    from peftkit.report.rows import find_cells, named_reference, read_cells
-    from peftkit.report.tables import render_terminal
-
-    rows = read_cells([cell for folder in options.folders for cell in find_cells(folder)])
-    if not rows:
-        raise InputError(f"no finished run below {', '.join(map(str, options.folders))}.")
-    if options.json and options.reference:
-        raise InputError("--json prints the runs as they are and compares nothing: leave --reference out.")
+def _finished(options: argparse.Namespace) -> int:
+    document, shown, code = finished.ANSWERS[options.verb](options, _tell)
     if options.json:
-        from peftkit.report.rows import as_documents
-
-        print(json.dumps(as_documents(rows)))
+        print(json.dumps(document))
     else:
-        comparison = compare_rows(rows, options.reference or named_reference(options.folders))
-        _console().print(render_terminal(rows, comparison))
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from peftkit.report.comparison import compare_folders
-    from peftkit.report.tables import difference_lines
-
-    comparison = compare_folders(options.one, options.other, options.metric)
-    if options.json:
-        print(json.dumps(comparison.to_document()))
-    else:
-        print("\n".join(difference_lines(comparison)))
-    return 1 if comparison.regressions else 0
+        print(shown) if isinstance(shown, str) else _console().print(shown)
+    return code
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -387,8 +368,7 @@ VERBS = {
     "merge": _merge,
     **dict.fromkeys(adapters.ANSWERS, _adapters),
     "bench": _bench,
-    "report": _report,
-    "compare": _compare,
+    **dict.fromkeys(finished.ANSWERS, _finished),
     "data": _data,
     "recipes": _recipes,
     "doctor": _doctor,

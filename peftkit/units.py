@@ -35,3 +35,10 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def format_joules(joules: float) -> str:
+    """`3600` -> `3.6 kJ`; from a tenth of a kilowatt-hour up in kWh."""
+    if joules >= 3.6e5:
+        return f"{joules / 3.6e6:.3g} kWh"
+    return f"{joules / 1000:.3g} kJ" if joules >= 1000 else f"{joules:.3g} J"

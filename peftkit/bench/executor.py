@@ -1,6 +1,6 @@
 """Runs the missing cells of a suite, each in a fresh process, and writes the report of all of them.
 
-    OUT/suite.yaml  cells.json  results.csv  differences.csv  report.{md,html}  scatter.png
+    OUT/suite.yaml  cells.json  results.{csv,parquet}  differences.csv  report.{md,html}  scatter.png
     OUT/cells/NAME/{recipe.yaml, record.json, cell.log, ...}
 
 Killed at any moment, the folder is taken up again by the same call.

@@ -205,7 +205,13 @@ def brief(difference: Difference, family: int) -> str:
         return "the same on every example"
     if difference.p_value < SIGNIFICANT:
         return f"not distinguishable among {family} (alone p {probability(difference.p_value)})"
-    return f"not distinguishable; {_number(difference.detectable, difference.metric)} would be"
+    seen = _number(difference.detectable, difference.metric) if _can_be(difference) else "no difference"
+    return f"not distinguishable; {seen} would be"
+
+
+def _can_be(difference: Difference) -> bool:
+    """Whether the metric can differ by what would have been seen: with two seeds that may be more than a share has."""
+    return difference.metric.split()[-1] not in SHARES or difference.detectable < 1
 
 
 def probability(value: float) -> str:
@@ -268,6 +274,8 @@ def _differences(group: Sequence[_Match], metric: str) -> list[Difference]:
     found = difference_over_seeds(values_KSN, reference_KSN, resampled_RK, paired=group[0].paired)
     low_K, high_K = found.interval()
     p_K, detectable_K = found.p_values(), found.detectable()
+    if metric.split()[-1] in SHARES:  # two seeds that differ give more than shares can differ by
+        low_K, high_K = low_K.clip(-1, 1), high_K.clip(-1, 1)
     return [
         Difference(
             variant=match.pair.variant,
@@ -329,7 +337,8 @@ def _judged(difference: Difference, adjusted_p: float, family: int) -> Differenc
         return replace(judged, verdict=f"the same as {judged.reference} on every example")
     seeds = f"{judged.num_seeds} seed{'s'[: judged.num_seeds != 1]}"
     against = "" if judged.num_seeds == judged.reference_seeds else f" against {judged.reference_seeds}"
-    seen = f"a difference of {_amount(judged.detectable, judged.metric)} would have been seen"
+    found = f"a difference of {_amount(judged.detectable, judged.metric)}" if _can_be(judged) else "no difference"
+    seen = f"{found} would have been seen"
     where = f"at n={judged.num_examples:,} and {seeds}{against}"
     return replace(judged, verdict=f"not distinguishable from {judged.reference} {where}; {seen}")
 

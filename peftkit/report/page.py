@@ -21,6 +21,7 @@ from peftkit.report.page_data import page_document
 from peftkit.report.rows import CellRow
 
 if TYPE_CHECKING:
+    from peftkit.report.advice import Advice
     from peftkit.report.comparison import Difference
 
 PAGE_NAME = "report.html"
@@ -33,6 +34,8 @@ SCRIPTS = (
     "style.js",
     "chart.js",
     "panel.js",
+    "advice.js",
+    "outside.js",
     "headline.js",
     "tradeoffs.js",
     "differences.js",
@@ -56,17 +59,21 @@ def write_page(
     *,
     description: str = "",
     left_out: Mapping[str, str] | None = None,
+    advice: Sequence[Advice] | None = None,
 ) -> Path:
     """Write `report.html` into `out`: every number, curve and prediction of the rows; its path.
 
     Args:
         differences: against one reference or several, of which the page shows the first until another is chosen.
         left_out: variants that could not be compared, and why.
+        advice: what to take; None has it worked out.
 
     Raises:
         OutputError: `out` cannot be written.
     """
-    document = page_document(out, suite_name, rows, differences, description=description, left_out=left_out)
+    document = page_document(
+        out, suite_name, rows, differences, description=description, left_out=left_out, advice=advice
+    )
     write_text(out / PAGE_NAME, render_page(document))
     return out / PAGE_NAME
 

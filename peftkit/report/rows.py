@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peftkit.errors import InputError
 from peftkit.record import RECORD_NAME, Metric, RunRecord, Status, read_record
-from peftkit.report.scores import KEPT_RUNS, RunScores, read_run_scores, resamples_over_runs, values_over_runs
+from peftkit.report.scores import KEPT_RUNS, SHARES, RunScores, read_run_scores, resamples_over_runs, values_over_runs
 from peftkit.stats.bootstrap import t_interval
 
 MANIFEST_NAME = "cells.json"
@@ -20,16 +20,40 @@ CELLS_FOLDER = "cells"
 Basis = Literal["seeds and examples", "seeds", "examples", "nothing"]
 """What an interval is over."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
+SERVED = ("adapter", "merged", "base")
+"""The ways in which a run's inference may have been measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """Where a run that peftkit did not make comes from, and what a record has no place for.
+
+    Attributes:
+        measured: parts of a record as plain data, such as `throughput`; they need not be whole.
+        caveats: why it is not comparable, in words.
+    """
+
+    source: str
+    measured: Mapping[str, Any]
+    caveats: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CellRow:
-    """One run: its record, or none when it has not ended yet."""
+    """One run: its record, or none when it has not ended yet.
+
+    Attributes:
+        tuned: what a search chose for it, and `target`: the validation score to reach, as the suite says.
+        outside: of a run that others made.
+    """
 
     variant: str
     seed: int
     folder: Path
     record: RunRecord | None
+    tuned: Mapping[str, Any] | None = None
+    target: float | None = None
+    outside: Outside | None = None
 
     @property
     def status(self) -> Status | Literal["missing"]:
@@ -40,6 +64,36 @@ class CellRow:
     def reason(self) -> str:
         """Why it did not end well; empty when it did."""
         return "not run yet" if self.record is None else (self.record.error or "")
+
+    @property
+    def machine(self) -> str:
+        """The card, or the processor, that it ran on; empty where the record does not say."""
+        environment = {} if self.record is None else self.record.environment
+        return str(environment.get("device_name") or environment.get("device") or "")
+
+    def content(self) -> dict[str, Any]:
+        """The record as plain data, and what was measured besides; empty without a record."""
+        if self.record is None:
+            return {}
+        found = self.record.model_dump(mode="json", exclude_none=True)
+        return found | dict(self.outside.measured) if self.outside is not None else found
+
+    def target_seconds(self) -> float | None:
+        """Seconds of training steps until a validation score reached the target: its steps' share of all of them.
+
+        None without a target, a history or a time, and where the target was not reached.
+        """
+        history = [] if self.record is None else self.record.history
+        seconds = _number(self.content(), "throughput", "train_seconds")
+        if self.target is None or self.record is None or not history or seconds is None:
+            return None
+        names = [name for name in history[-1] if name not in ("step", "epoch", "loss")] or ["loss"]
+        name = _asked(self.record, names)
+        sign = -1 if name in LOWER_IS_BETTER else 1
+        scores = ((line["step"], _number(line, name)) for line in history)
+        reached = (step for step, score in scores if score is not None and sign * score >= sign * self.target)
+        step = next(reached, None)
+        return None if step is None else seconds * step / history[-1]["step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +121,9 @@ class Summary:
     Attributes:
         main: name of the metric that decides, a key of `metrics`; None when nothing was scored.
         memory_bytes: peak of the training steps over what was held before them.
+        inference: `adapter`, `merged`, `base` -> what was measured of each, such as `tokens_per_second`.
+        energy_joules: of the training steps, where the machine tells.
+        target_seconds: until the validation score that the suite names was reached.
     """
 
     variant: str
@@ -79,6 +136,9 @@ class Summary:
     memory_bytes: float | None
     tokens_per_second: float | None
     train_seconds: float | None
+    inference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    energy_joules: float | None = None
+    target_seconds: float | None = None
 
     @property
     def ended_well(self) -> int:
@@ -95,6 +155,11 @@ class Summary:
         """The estimate of the main metric."""
         return None if self.main is None else self.metrics[self.main]
 
+    @property
+    def served(self) -> Mapping[str, float]:
+        """What was measured of the inference that would be deployed: merged where it can be, else the adapter's."""
+        return self.inference.get("merged") or self.inference.get("adapter") or self.inference.get("base") or {}
+
 
 def find_cells(folder: Path) -> list[Path]:
     """The run folders that `folder` stands for: its suite's cells in their order, itself, or every run below it.
@@ -105,7 +170,7 @@ def find_cells(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Name one that train or bench wrote.")
     if (folder / MANIFEST_NAME).exists():
-        return [folder / CELLS_FOLDER / name for name in _listed(folder)]
+        return [folder / CELLS_FOLDER / cell["name"] for cell in read_manifest(folder)["cells"]]
     if (folder / RECORD_NAME).exists():
         return [folder]
     return sorted(path.parent for path in folder.rglob(RECORD_NAME))
@@ -126,7 +191,7 @@ def read_cells(folders: Sequence[Path]) -> list[CellRow]:
 
 def named_reference(folders: Sequence[Path]) -> str | None:
     """The reference that the suite folders among these name; None where none does, or they differ."""
-    found = {_manifest(folder).get("reference") for folder in folders if (folder / MANIFEST_NAME).exists()}
+    found = {read_manifest(folder).get("reference") for folder in folders if (folder / MANIFEST_NAME).exists()}
     return found.pop() if len(found) == 1 else None
 
 
@@ -134,28 +199,32 @@ def as_documents(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
     """The rows as plain data for JSON."""
     return [
         {"variant": row.variant, "seed": row.seed, "status": row.status, "folder": str(row.folder)}
-        | ({} if row.record is None else {"record": row.record.model_dump(mode="json", exclude_none=True)})
+        | ({} if row.outside is None else {"source": row.outside.source, "caveats": list(row.outside.caveats)})
+        | ({} if row.record is None else {"record": row.content()})
         for row in rows
     ]
 
 
 def _read_row(folder: Path) -> CellRow:
     suite = folder.absolute().parent.parent
-    listed = _listed(suite).get(folder.name) if (suite / MANIFEST_NAME).exists() else None
+    manifest = read_manifest(suite) if (suite / MANIFEST_NAME).exists() else {"cells": []}
+    listed = next((cell for cell in manifest["cells"] if cell["name"] == folder.name), None)
     if listed is None:
         record = read_record(folder)
         return CellRow(record.label, record.seed, folder, record)
     found = read_record(folder) if (folder / RECORD_NAME).exists() else None
     current = found if found is not None and found.recipe_digest == listed["recipe_digest"] else None
-    return CellRow(listed["variant"], listed["seed"], folder, current)
+    return CellRow(
+        listed["variant"], listed["seed"], folder, current, listed.get("tuned"), _number(manifest, "target_score")
+    )
 
 
-def _listed(suite: Path) -> dict[str, dict[str, Any]]:
-    """A suite folder's own account of its cells, by name."""
-    return {cell["name"]: cell for cell in _manifest(suite)["cells"]}
+def read_manifest(suite: Path) -> dict[str, Any]:
+    """A suite folder's own account of itself: `suite`, `description`, `cells`, and what else the suite named.
 
-
-def _manifest(suite: Path) -> dict[str, Any]:
+    Raises:
+        InputError: it cannot be read.
+    """
     path = suite / MANIFEST_NAME
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -190,11 +259,13 @@ def common_metric(summaries: Sequence[Summary]) -> str | None:
 
 
 def _summary(variant: str, rows: Sequence[CellRow]) -> Summary:
-    records = [row.record for row in rows if row.record is not None and row.record.status == "ok"]
+    finished = [row for row in rows if row.status == "ok"]
+    records = [row.record for row in finished if row.record is not None]
+    contents = [row.content() for row in finished]
     runs = readable_scores(rows)
     scores = [_scores(record) for record in records]
     names = [name for name in (scores[0] if scores else {}) if all(name in each for each in scores)]
-    main = _main_metric(records[0], names) if names else None
+    main = _asked(records[0], names) if names else None
     ordered = sorted(names, key=lambda name: name != main)
     return Summary(
         variant=variant,
@@ -205,9 +276,33 @@ def _summary(variant: str, rows: Sequence[CellRow]) -> Summary:
         artifact_bytes=_mean(r.parameters.artifact_bytes if r.parameters else None for r in records),
         peak_bytes=_mean(r.memory.peak_bytes if r.memory else None for r in records),
         memory_bytes=_mean(_over_baseline(r) for r in records),
-        tokens_per_second=_mean(r.throughput.tokens_per_second if r.throughput else None for r in records),
-        train_seconds=_mean(r.throughput.train_seconds if r.throughput else None for r in records),
+        tokens_per_second=_mean(_number(content, "throughput", "tokens_per_second") for content in contents),
+        train_seconds=_mean(_number(content, "throughput", "train_seconds") for content in contents),
+        inference=_inference(contents),
+        energy_joules=_mean(_number(content, "energy", "joules") for content in contents),
+        target_seconds=_mean(row.target_seconds() for row in finished),
     )
+
+
+def _inference(contents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each figure averaged over the seeds that have it."""
+    found: dict[str, dict[str, float]] = {}
+    for way in SERVED:
+        figures = [content.get("inference", {}).get(way, {}) for content in contents]
+        names = dict.fromkeys(name for each in figures for name in each)
+        means = {name: _mean(_number(each, name) for each in figures) for name in names}
+        measured = {name: value for name, value in means.items() if value is not None}
+        if measured:
+            found[way] = measured
+    return found
+
+
+def _number(content: Mapping[str, Any], *path: str) -> float | None:
+    """The number at a path of plain keys; None where there is none."""
+    found: Any = content
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
 def _scores(record: RunRecord) -> Mapping[str, Metric]:
@@ -215,7 +310,7 @@ def _scores(record: RunRecord) -> Mapping[str, Metric]:
     return record.metrics or {f"validation {name}": metric for name, metric in record.validation_metrics.items()}
 
 
-def _main_metric(record: RunRecord, names: Sequence[str]) -> str:
+def _asked(record: RunRecord, names: Sequence[str]) -> str:
     """What the recipe asks for, else the first one, which is the task's own."""
     asked = record.recipe.get("evaluation", {}).get("metric")
     return next((name for name in names if name in (asked, f"validation {asked}")), names[0])
@@ -244,10 +339,16 @@ def _estimates(metrics: Mapping[str, Sequence[Metric]], runs: Sequence[RunScores
         chance, majority = (baseline.chance, baseline.majority) if baseline else (found[0].chance, None)
         low, high, basis = bounds[name] if name in bounds else _alone(found)
         values = [metric.value for metric in found]
-        estimates[name] = Estimate(
-            values[0] if len(set(values)) == 1 else fmean(values), low, high, basis, found[0].n, chance, majority
-        )
+        value = values[0] if len(set(values)) == 1 else fmean(values)
+        estimates[name] = Estimate(value, *_possible(name, low, high), basis, found[0].n, chance, majority)
     return estimates
+
+
+def _possible(name: str, low: float | None, high: float | None) -> tuple[float | None, float | None]:
+    """The part of an interval that the metric can take: two seeds that differ give more than a share can be."""
+    if name.split()[-1] not in SHARES or low is None or high is None:
+        return low, high
+    return max(0.0, low), min(1.0, high)
 
 
 @lru_cache(maxsize=KEPT_RUNS)

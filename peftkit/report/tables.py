@@ -1,22 +1,20 @@
-"""Rows as a terminal table, as Markdown and as CSV."""
+"""Rows as a terminal table and as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from peftkit.files import write_text
 from peftkit.report.comparison import Comparison, Difference, brief, probability, signed, unit
+from peftkit.report.method_comparison import caveats
 from peftkit.report.rows import CellRow, Estimate, Summary, common_metric, summarise
-from peftkit.units import format_bytes, format_count, format_seconds
+from peftkit.units import format_bytes, format_count, format_joules, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 NOTHING = "–"
 LONGEST_NAME = 20
@@ -28,30 +26,44 @@ def render_terminal(rows: Sequence[CellRow], comparison: Comparison | None = Non
 
     A comparison adds a line a variant with its verdict.
     """
-    from rich.box import SIMPLE_HEAD
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     summaries = summarise(rows)
-    notes = [*interval_notes(summaries), *(f"{f.variant} {f.status}, {f.told}" for f in failures(summaries))]
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=Text("\n".join(notes)),
-        caption_justify="left",
-    )
-    table.add_column("variant", no_wrap=True)
-    for name in (common_metric(summaries) or "score", "trained", "memory", "tok/s", "time"):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for summary in summaries:
-        cells = [_shortened(_named(summary)), _score(summary), *_sizes(summary, summary.memory_bytes)]
-        table.add_row(*(Text(cell) for cell in cells))
+    table = _terminal_table(summaries, interval_notes(summaries), memory="memory")
     for name, level in _baselines(summaries).items():
         table.add_row(Text(name, "dim"), Text(level, "dim"), *[""] * 4)
     lines = difference_lines(comparison, summaries) if comparison is not None else []
     return Group(table, Text("\n".join(["", *lines]))) if lines else table
+
+
+def render_outside(rows: Sequence[CellRow], own: Sequence[CellRow] = ()) -> RenderableType:
+    """A table of runs that others made, and what is not comparable about them, also with one's own."""
+    from rich.console import Group
+    from rich.text import Text
+
+    notes = [f"- {caveat}" for caveat in caveats(rows, own)]
+    title = f"{rows[0].outside.source if rows[0].outside else 'others'}, not comparable:"
+    return Group(Text(title), _terminal_table(summarise(rows), notes, memory="peak"))
+
+
+def _terminal_table(summaries: Sequence[Summary], notes: Sequence[str], *, memory: Literal["memory", "peak"]) -> Table:
+    """A line a variant; below it the notes, and what failed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    told = [*notes, *(f"{f.variant} {f.status}, {f.told}" for f in failures(summaries))]
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=Text("\n".join(told)), caption_justify="left"
+    )
+    table.add_column("variant", no_wrap=True)
+    for name in (common_metric(summaries) or "score", "trained", memory, "tok/s", "time"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for summary in summaries:
+        held = summary.memory_bytes if memory == "memory" else summary.peak_bytes
+        table.add_row(*(Text(cell) for cell in (_shortened(_named(summary)), _score(summary), *_sizes(summary, held))))
+    return table
 
 
 def difference_lines(comparison: Comparison, summaries: Sequence[Summary] = ()) -> list[str]:
@@ -78,11 +90,17 @@ def difference_lines(comparison: Comparison, summaries: Sequence[Summary] = ()) 
     return [f"{_against(comparison.differences)}:", *found, *skipped]
 
 
-def render_markdown(rows: Sequence[CellRow], comparison: Comparison | None = None) -> str:
-    """A Markdown table, its notes, a table of the comparison, and a list of what failed; every name is escaped."""
+def render_markdown(
+    rows: Sequence[CellRow], comparison: Comparison | None = None, *, own: Sequence[CellRow] = ()
+) -> str:
+    """A Markdown table, its notes, a table of the comparison, and a list of what failed; every name is escaped.
+
+    Below runs that others made it says what is not comparable about them, also with one's `own`.
+    """
     summaries = summarise(rows)
     main = common_metric(summaries)
     others = list(dict.fromkeys(name for s in summaries for name in s.metrics if name != s.main))
+    besides = {name: told for name, told in BESIDES.items() if any(told(s) != NOTHING for s in summaries)}
     header = [
         "variant",
         escape_markdown(main or "score"),
@@ -92,6 +110,7 @@ def render_markdown(rows: Sequence[CellRow], comparison: Comparison | None = Non
         "peak",
         "tokens/s",
         "time",
+        *besides,
         "seeds",
     ]
     lines = [_markdown_row(header), "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
@@ -103,12 +122,20 @@ def render_markdown(rows: Sequence[CellRow], comparison: Comparison | None = Non
             *(_number(_value(summary.metrics.get(name))) for name in others),
         ]
         cells += [trained, memory, _measured(summary.peak_bytes, format_bytes), speed, time]
+        cells += [told(summary) for told in besides.values()]
         lines.append(_markdown_row([*cells, f"{summary.ended_well}/{len(summary.rows)}"]))
     for name, level in _baselines(summaries).items():
         lines.append(_markdown_row([name, level, *[""] * (len(header) - 2)]))
-    notes = interval_notes(summaries)
+    foreign = caveats([row for row in rows if row.outside is not None], own)
+    notes = interval_notes(summaries) if not foreign else []
     failed = [f"- **{escape_markdown(f.variant)}** {f.status}: {escape_markdown(f.told)}" for f in failures(summaries)]
-    blocks = [lines, notes, *_markdown_differences(comparison, summaries), failed]
+    blocks = [
+        lines,
+        notes,
+        [f"- {escape_markdown(caveat)}" for caveat in foreign],
+        *_markdown_differences(comparison, summaries),
+        failed,
+    ]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
@@ -144,21 +171,6 @@ def _against(found: Sequence[Difference]) -> str:
     count = seeds.pop() if len(seeds) == 1 else 0
     paired = f" and {count} seed{'s'[: count != 1]}" if count else ""
     return f"{unit(first.metric)} against {first.reference}, {first.num_examples:,} examples{paired} in pairs"
-
-
-def write_csv(rows: Sequence[CellRow], path: Path) -> None:
-    """One line a cell: how it ended, every setting of its recipe and every number of its record, dotted.
-
-    What was not measured is empty.
-    """
-    flat = [_flat_row(row) for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    columns.sort(key=lambda key: key.startswith("recipe."))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_text(path, stream.getvalue())
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +210,13 @@ def interval_notes(summaries: Sequence[Summary]) -> list[str]:
     return notes
 
 
+def format_estimate(score: Estimate | None) -> str:
+    """`0.869 [0.861, 0.877]`; without the interval where there is none."""
+    if score is None or score.low is None or score.high is None:
+        return _number(_value(score))
+    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
+
+
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line, also inside a table."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -227,9 +246,7 @@ def _score(summary: Summary) -> str:
     score = summary.score
     if score is None:
         return next((row.status for row in summary.rows if row.status != "ok"), "not scored")
-    if score.low is None or score.high is None:
-        return _number(score.value)
-    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
+    return format_estimate(score)
 
 
 def _sizes(summary: Summary, memory_bytes: float | None) -> list[str]:
@@ -244,6 +261,16 @@ def _sizes(summary: Summary, memory_bytes: float | None) -> list[str]:
 
 def _measured(value: float | None, written: Callable[[float], str]) -> str:
     return NOTHING if value is None else written(value)
+
+
+BESIDES: dict[str, Callable[[Summary], str]] = {
+    "answers/s": lambda summary: _measured(summary.served.get("samples_per_second"), format_count),
+    "latency p50": lambda summary: _measured(summary.served.get("latency_seconds_p50"), format_seconds),
+    "latency p90": lambda summary: _measured(summary.served.get("latency_seconds_p90"), format_seconds),
+    "energy": lambda summary: _measured(summary.energy_joules, format_joules),
+    "to target": lambda summary: _measured(summary.target_seconds, format_seconds),
+}
+"""Columns of what only some machines and suites measure; shown where a variant has it."""
 
 
 def _value(estimate: Estimate | None) -> float | None:
@@ -281,32 +308,3 @@ def _shortened(name: str) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _flat_row(row: CellRow) -> dict[str, Any]:
-    flat: dict[str, Any] = {
-        "variant": row.variant,
-        "seed": row.seed,
-        "status": row.status,
-        "reason": row.reason,
-        "folder": row.folder.name,
-    }
-    if row.record is None:
-        return flat
-    content = row.record.model_dump(mode="json", exclude_none=True)
-    flat |= {"label": content["label"], "recipe_digest": content["recipe_digest"]}
-    if "wall_seconds" in content:
-        flat["wall_seconds"] = content["wall_seconds"]
-    for part in ("metrics", "validation_metrics", "parameters", "memory", "throughput", "loss", "guards", "recipe"):
-        flat |= _flattened(content.get(part, {}), f"{part}.")
-    return flat
-
-
-def _flattened(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= _flattened(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat

@@ -215,7 +215,8 @@ def test_what_a_method_refuses_at_run_time_is_a_row_with_its_reason(ran: tuple[P
 def test_a_suite_leaves_a_report_of_all_its_cells(ran: tuple[Path, list[CellResult]]) -> None:
     out, _ = ran
     assert {path.name for path in out.iterdir()} == {
-        *("suite.yaml", "cells.json", "cells", "results.csv", "report.md", "report.html", "scatter.png")
+        *("suite.yaml", "cells.json", "cells", "results.csv", "results.parquet"),
+        *("report.md", "report.html", "scatter.png"),
     }
     assert [(row.variant, row.status) for row in read_cells([out])] == [("lora", "ok"), ("lost", "failed")]
 

@@ -64,6 +64,8 @@ class Reader:
         from selenium.webdriver.common.action_chains import ActionChains
 
         self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        # the page hides its tooltip when it scrolls, which it is told in the next frame
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         ActionChains(self.driver).move_to_element(element).perform()
 
     def messages(self) -> list[str]:

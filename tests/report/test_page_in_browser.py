@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from browsing import Reader, start_browser
+from browsing import Reader
 from made_up import accuracy, record, row, trained
 from made_up_page import HOSTILE, difference, small_document
 from report_page import TEN, compare, make_cells, many_methods
@@ -21,17 +21,10 @@ from report_page import TEN, compare, make_cells, many_methods
 from peftkit.files import write_json, write_json_lines
 from peftkit.recipe import build_recipe, parse_yaml
 from peftkit.record import read_predictions
-from peftkit.report.page import render_page, write_page
+from peftkit.report.page import write_page
 from peftkit.report.page_data import page_document
 from peftkit.report.rows import CellRow
 from peftkit.units import MIB
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    found = start_browser(tmp_path_factory.mktemp("chromium"))
-    yield found
-    found.driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +35,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[CellRow]:
 @pytest.fixture(scope="module")
 def page(rows: list[CellRow], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(tmp_path_factory.mktemp("page"), "nine methods", rows, compare(rows))
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    def write(document: dict[str, Any]) -> Path:
-        path = tmp_path / "report.html"
-        path.write_text(render_page(document), encoding="utf-8")
-        return path
-
-    return write
 
 
 def test_it_opens_without_a_message_and_asks_for_nothing(reader: Reader, page: Path) -> None:
@@ -272,7 +255,7 @@ def test_the_page_is_dark_when_asked_by_the_system_or_by_the_button(reader: Read
     light = ground()
     reader.emulate(scheme="dark")
     assert ground() < 100 < 600 < light
-    assert reader.find("#theme").get_attribute("aria-pressed") == "true"
+    reader.until("return document.querySelector('#theme').getAttribute('aria-pressed') === 'true'")
     reader.run("document.querySelector('#theme').focus()")
     reader.press("\ue00d")  # the space bar
     assert ground() == light
@@ -315,6 +298,11 @@ def test_memory_is_drawn_term_by_term_where_the_plan_kept_its_terms(
         "predicted_tensor_peak_bytes": 210 * MIB,
         "predicted_terms": {"weights": 150 * MIB, "activations": 60 * MIB},
     }
+    # a second seed without activations: the mean of 60 and 0 MiB
+    second = document["cells"][0] | {"seed": 1, "memory": dict(document["cells"][0]["memory"])}
+    second["memory"] |= {"predicted_tensor_peak_bytes": 150 * MIB, "predicted_terms": {"weights": 150 * MIB}}
+    reader.open(opened(document | {"cells": [*document["cells"], second]}))
+    assert "180.0 MiB (−10.0 %)" in reader.texts("#memory svg .bar-value")
     reader.open(opened(document))
     labels = reader.run("return [...document.querySelectorAll('#memory .hit')].map((e) => e.ariaLabel)")
     assert {"lora, weights: 150.0 MiB", "lora, activations: 60.0 MiB"} <= set(labels)

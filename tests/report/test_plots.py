@@ -125,6 +125,7 @@ def test_the_report_holds_table_plot_notes_command_and_environment(tmp_path: Pat
         "report.md",
         "report.html",
         "results.csv",
+        "results.parquet",
         "scatter.png",
     }
 

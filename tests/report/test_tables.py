@@ -14,8 +14,9 @@ from rich.console import Console
 from peftkit.errors import InputError
 from peftkit.files import write_json
 from peftkit.record import Metric
+from peftkit.report.numbers import write_csv
 from peftkit.report.rows import CellRow, as_documents, find_cells, read_cells, summarise
-from peftkit.report.tables import escape_markdown, render_markdown, render_terminal, write_csv
+from peftkit.report.tables import escape_markdown, render_markdown, render_terminal
 from peftkit.units import MIB
 
 

@@ -4,6 +4,12 @@ function numberColumn(key, title, of, how, better) {
   return { key, title, number: true, value: of, cell: (row) => written(of(row), how), better };
 }
 
+// A column of what only some machines and suites measure: none where no method has it.
+function besides(key, title, of, how, better) {
+  const measured = variants.map(methodRow).some((row) => of(row) !== null && of(row) !== undefined);
+  return measured ? numberColumn(key, title, of, how, better) : null;
+}
+
 function tableColumns(view, everyMetric) {
   const metrics = everyMetric ? metricNames : metricNames.slice(0, 1);
   return [
@@ -36,6 +42,10 @@ function tableColumns(view, everyMetric) {
     numberColumn("speed", "Tokens/s", (row) => row.speed, formatCount, "more"),
     numberColumn("seconds", "Time", (row) => row.seconds, formatSeconds, "less"),
     numberColumn("size", "Size", (row) => row.size, formatBytes, "less"),
+    besides("served", "Answers/s", (row) => row.served, formatCount, "more"),
+    besides("latency", "Latency", (row) => row.latency, formatSeconds, "less"),
+    besides("energy", "Energy", (row) => row.energy, formatJoules, "less"),
+    besides("target", "To target", (row) => row.target, formatSeconds, "less"),
   ].filter(Boolean);
 }
 
@@ -52,6 +62,10 @@ function methodRow(variant) {
     speed: variant.tokens_per_second,
     seconds: variant.train_seconds,
     size: variant.artifact_bytes,
+    served: variant.samples_per_second,
+    latency: variant.latency_seconds,
+    energy: variant.energy_joules,
+    target: variant.target_seconds,
   };
 }
 
@@ -71,6 +85,10 @@ function runRow(cell) {
     speed: cell.throughput?.tokens_per_second ?? null,
     seconds: cell.throughput?.train_seconds ?? null,
     size: cell.parameters?.artifact_bytes ?? null,
+    served: servedOf(cell).samples_per_second ?? null,
+    latency: servedOf(cell).latency_seconds_p50 ?? null,
+    energy: cell.energy?.joules ?? null,
+    target: cell.target_seconds ?? null,
   };
 }
 

@@ -38,6 +38,12 @@ function overBaseline(cell) {
   return peak === undefined || held === undefined ? null : Math.max(0, peak - held);
 }
 
+// What was measured of the inference that would be deployed.
+function servedOf(cell) {
+  const { merged, adapter, base } = cell.inference ?? {};
+  return merged ?? adapter ?? base ?? {};
+}
+
 function mean(values) {
   const measured = values.filter((value) => value !== null && value !== undefined);
   return measured.length ? measured.reduce((sum, value) => sum + value, 0) / measured.length : null;

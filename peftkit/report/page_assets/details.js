@@ -85,6 +85,11 @@ function numbersOf(cell) {
     ...Object.entries(cell.memory).filter(([, value]) => typeof value !== "object"),
     ...Object.entries(cell.throughput),
     ...Object.entries(cell.loss).map(([name, value]) => [`loss ${name}`, value]),
+    ...Object.entries(cell.inference).flatMap(([way, found]) =>
+      Object.entries(found).map(([name, value]) => [`${way} ${name}`, value]),
+    ),
+    ...Object.entries(cell.energy).map(([name, value]) => [name === "seconds" ? "energy seconds" : name, value]),
+    ...(cell.target_seconds === null ? [] : [["target_seconds", cell.target_seconds]]),
     ...(cell.wall_seconds === null ? [] : [["wall_seconds", cell.wall_seconds]]),
   ];
   return el(

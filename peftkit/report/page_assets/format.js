@@ -39,6 +39,11 @@ function formatSeconds(seconds) {
   return minutes ? `${minutes}m${String(rest).padStart(2, "0")}s` : `${rest}s`;
 }
 
+function formatJoules(joules) {
+  if (joules >= 3.6e5) return `${threeDigits(joules / 3.6e6)} kWh`;
+  return joules >= 1000 ? `${threeDigits(joules / 1000)} kJ` : `${threeDigits(joules)} J`;
+}
+
 function formatScore(value) {
   if (Math.abs(value) < 10) return value.toFixed(3).replace("-", MINUS);
   return (Math.abs(value) < 1000 ? value.toFixed(1) : String(Number(value.toPrecision(4)))).replace("-", MINUS);

@@ -18,6 +18,7 @@ function showHeadline(open) {
       ),
     );
   parts.push(facts(best));
+  parts.push(importedNote(), ...adviceCards());
   if (best) parts.push(verdict(best, compared, open), picks(best, tied, open));
   else
     parts.push(
@@ -111,11 +112,17 @@ function againstBest(compared, open) {
       el(
         "p",
         { class: "muted" },
-        `On ${plural(tied[0].num_examples, "example")}, a true difference of ${formatScore(reach)} would have been seen four times in five.`,
+        `On ${plural(tied[0].num_examples, "example")}, ${reachable(reach)} would have been seen four times in five.`,
       ),
     );
   }
   return lines;
+}
+
+// Two seeds may not show any difference that shares can have.
+function reachable(difference) {
+  const shares = report.shares.includes(mainMetric.split(" ").pop());
+  return shares && difference >= 1 ? "no difference" : `a true difference of ${formatScore(difference)}`;
 }
 
 // Where the best one is not what the others were compared with.

@@ -44,6 +44,7 @@ showRuns(openRun);
 showCurves();
 showMemory();
 showExamples();
+showOutside();
 showSetup();
 document.getElementById("foot").textContent =
   `Written by peftkit ${report.version}. This page is one file and loads nothing else.`;

@@ -24,6 +24,8 @@ function memoryBars(variant) {
       ],
     });
   }
+  if (peak !== null && held === null)
+    bars.push({ label: "card", parts: [{ term: "peak of the whole run", bytes: peak, kind: "added" }] });
   if (tensors !== null)
     bars.push({ label: "tensors", parts: [{ term: "tensors, measured", bytes: tensors, kind: "measured" }] });
   const terms = predictedTerms(measured);
@@ -40,14 +42,30 @@ function predictedTerms(measured) {
   return names
     .map((term) => ({
       term,
-      bytes: mean(measured.map((memory) => memory.predicted_terms?.[term])),
-      kind: `term c${termNames().indexOf(term) % 8}`,
+      bytes: mean(measured.map(({ predicted_terms: terms }) => (terms ? (terms[term] ?? 0) : null))),
+      kind: `term ${termClass(term)}`,
     }))
     .filter((part) => part.bytes > 0);
 }
 
-function termNames() {
-  return [...new Set(cells.flatMap((cell) => Object.keys(cell.memory?.predicted_terms ?? {})))];
+// Terms of one family have shades of one hue: weights blue, activations green, what trains orange, the rest grey.
+const FAMILIES = {
+  weights: "w0",
+  "weights, quantized": "w1",
+  "quantization scales": "w2",
+  "dequantized weights": "w3",
+  "activations: attention": "a0",
+  "activations: feed-forward": "a1",
+  "activations: other": "a2",
+  "activation gradients": "a3",
+  "logits and loss": "l0",
+  adapters: "o0",
+  gradients: "o1",
+  "optimizer state": "o2",
+};
+
+function termClass(term) {
+  return `t-${FAMILIES[term] ?? (term.startsWith("activation") ? "a2" : "g0")}`;
 }
 
 function showMemory() {

@@ -10,6 +10,15 @@ const COSTS = {
     seeds: overBaseline,
     format: formatBytes,
   },
+  peak: {
+    title: "Peak",
+    axis: "peak memory of the whole run",
+    less: true,
+    bytes: true,
+    of: (variant) => (variants.some((each) => each.memory_bytes !== null) ? null : variant.peak_bytes),
+    seeds: (cell) => cell.memory?.peak_bytes,
+    format: formatBytes,
+  },
   speed: {
     title: "Speed",
     axis: "training speed in tokens per second",
@@ -34,6 +43,22 @@ const COSTS = {
     of: (variant) => variant.artifact_bytes,
     seeds: (cell) => cell.parameters?.artifact_bytes,
     format: formatBytes,
+  },
+  served: {
+    title: "Answers",
+    axis: "answers per second once deployed",
+    less: false,
+    of: (variant) => variant.samples_per_second,
+    seeds: (cell) => servedOf(cell).samples_per_second,
+    format: (value) => `${formatCount(value)} answers/s`,
+  },
+  energy: {
+    title: "Energy",
+    axis: "energy of the training steps in joules",
+    less: true,
+    of: (variant) => variant.energy_joules,
+    seeds: (cell) => cell.energy?.joules,
+    format: formatJoules,
   },
 };
 const MOST_LABELS = 14;
