@@ -41,4 +41,4 @@ def idle_share() -> float:
     """The share of all processors' time that was idle over a tenth of a second."""
     import psutil
 
-    return 1.0 - psutil.cpu_percent(interval=LOOK_SECONDS) / 100
+    return 1.0 - float(psutil.cpu_percent(interval=LOOK_SECONDS)) / 100
