@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__, threads
 from peftkit.deploy import harness_flags as lm_tasks
+from peftkit.deploy import use_verbs as uses
 from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
 from peftkit.report import verbs as finished
@@ -118,6 +119,7 @@ def build_parser() -> Parser:
     merge.add_argument("--base", help="the base to fold into; default: the one the adapter was trained on")
     merge.add_argument("--onto", choices=("dequantized", "original"), default="dequantized", help="for quantized bases")
     adapters.add_flags(verb)
+    uses.add_flags(verb)
     bench = verb("bench", "run every missing cell of a suite and compare")
     bench.add_argument("suite", type=Path)
     overridable(bench)
@@ -367,6 +369,7 @@ VERBS = {
     "generate": _generate,
     "merge": _merge,
     **dict.fromkeys(adapters.ANSWERS, _adapters),
+    **uses.VERBS,
     "bench": _bench,
     **dict.fromkeys(finished.ANSWERS, _finished),
     "data": _data,

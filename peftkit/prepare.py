@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ def load(recipe: Recipe, found: Read, observer: Observer, *, device: torch.devic
     backbone = load_backbone(
         recipe.backbone, head_to_load(recipe, found.head), device=device, dropout=recipe.training.dropout
     )
+    backbone = replace(backbone, tokenizer=found.tokenizer)  # it may have the recipe's own chat template
     return Prepared(found.splits, backbone, recipe.method.attach(backbone), found.task)
 
 

@@ -21,7 +21,8 @@ OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 STAMP, UNFINISHED = "peftkit-stamp.json", "peftkit-unfinished.json"
 
-EXTRAS = {"demo": (), "test": ("dev", "trackers"), "check": ("dev", "trackers"), "env": ("dev", "trackers")}
+TESTED = ("dev", "serve", "trackers")
+EXTRAS = {"demo": (), "test": TESTED, "check": TESTED, "env": TESTED}
 SETTINGS = {"TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # for each of the two processes that run tests

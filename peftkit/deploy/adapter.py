@@ -58,8 +58,11 @@ class Source:
         return f"{name} at revision {revision}" if revision else str(name)
 
 
-def read_source(path: Path, base: str | None = None) -> Source:
+def read_source(path: Path, base: str | None = None, *, foldable: bool = True) -> Source:
     """Read a run folder or an adapter folder; `base` overrides the name of the base.
+
+    Args:
+        foldable: refuse a method that changes no weight.
 
     Raises:
         InputError: neither of the two, or files that cannot be understood.
@@ -67,7 +70,7 @@ def read_source(path: Path, base: str | None = None) -> Source:
     """
     adapter, run = locate(path)
     config = read_config(adapter)
-    if config.is_prompt_learning:
+    if config.is_prompt_learning and foldable:
         raise _unfoldable(adapter, config, "it puts trained virtual tokens before the input, and changes no weight")
     recipe = load_recipe(run / RECIPE_NAME) if run else None
     identity = read_json(adapter / BASE_NAME)

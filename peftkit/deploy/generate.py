@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from peftkit.backbones.load import load_backbone
-from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec
-from peftkit.data.chat import render_prompt
-from peftkit.errors import InputError
-from peftkit.folder import RECIPE_NAME
-from peftkit.run import open_run
+from peftkit.backbones.quiet import quietly
+from peftkit.deploy.usable import Usable, open_usable, refuse_classifier
 
 
 def generate(
     reference: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """The answer of a run, a merged model or a plain backbone, through its chat template if it has one.
+    """The answer of a run, a merged model, an adapter or a plain backbone, through its chat template if it has one.
 
     Args:
         temperature: 0 takes the likeliest token each time.
@@ -27,30 +23,45 @@ def generate(
     Raises:
         InputError: the reference does not generate text.
     """
-    folder, system = Path(reference), None
-    if (folder / RECIPE_NAME).is_file():
-        opened = open_run(folder)
-        if opened.recipe.task.kind == "classify":
-            raise InputError(f"{reference} classifies; it does not write text. Use `peftkit eval {reference}`.")
-        model: Any = opened.adapted.model
-        tokenizer, chat = opened.backbone.tokenizer, opened.recipe.task.kind == "chat"
-        system = getattr(opened.recipe.task, "system", None)
-    else:
-        backbone = load_backbone(BackboneSpec(name=str(reference)), LANGUAGE_HEAD)
-        model, tokenizer = backbone.model, backbone.tokenizer
-        chat = tokenizer.chat_template is not None
-    text = render_prompt([{"role": "user", "content": prompt}], tokenizer, system) if chat else prompt
-    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    usable = open_usable(reference)
+    refuse_classifier(usable, reference)
     set_seed(seed)
-    model.eval()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
+    answer = write_answer(usable, usable.asked(prompt), max_new_tokens=max_new_tokens, temperature=temperature)
+    return str(usable.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+@torch.inference_mode()
+def write_answer(
+    usable: Usable,
+    tokens: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    streamer: Any = None,
+    stopping: Any = None,
+) -> list[int]:
+    """The tokens that follow these, the one that ends them included.
+
+    Args:
+        top_p: sample among the likeliest tokens that have this probability together; None: as the model says.
+        streamer: of transformers, told of each token.
+        stopping: of transformers, asked after each token.
+    """
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
+    ids = torch.tensor([tokens], device=usable.backbone.model.device)
+    with quietly():  # peft warns of the positions that transformers passes, and leaves them out
+        output = usable.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=usable.stops() or None,
+            pad_token_id=usable.tokenizer.pad_token_id,
+            streamer=streamer,
+            stopping_criteria=stopping,
             **sampling,
         )
-    return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return [int(token) for token in output[0, len(tokens) :]]
