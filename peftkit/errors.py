@@ -8,6 +8,7 @@
     │   ├── MethodError           a method that cannot work on this backbone or task
     │   └── OutputError           a folder that cannot be written, or that holds another run
     ├── DoesNotFit                exit 3: the plan says that the run cannot fit; nothing was run
+    ├── DeviceBusy                the memory that the run needs is in use; nothing was run
     ├── Diverged                  the loss is not finite
     ├── OutOfMemory               the device or the machine ran out
     ├── GuardTripped              training ran, but not what was asked for (weights that did not move, ...)
@@ -66,6 +67,10 @@ class DoesNotFit(PeftkitError):
     """The planner says that the run needs more memory than there is; no work was started."""
 
     exit_code = DOES_NOT_FIT
+
+
+class DeviceBusy(PeftkitError):
+    """Something else holds the device's memory; no work was started."""
 
 
 class Diverged(PeftkitError):

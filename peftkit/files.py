@@ -99,6 +99,15 @@ def staged_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left aside in a folder and below it; nobody may be writing there."""
+    for leftover in sorted(folder.rglob(f"{STAGING_PREFIX}*"), reverse=True):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

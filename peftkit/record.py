@@ -16,7 +16,7 @@ from peftkit.errors import InputError
 from peftkit.files import write_json
 from peftkit.recipe import Recipe
 
-Status = Literal["ok", "oom", "diverged", "failed", "killed"]
+Status = Literal["ok", "oom", "diverged", "failed", "killed", "timeout"]
 RECORD_NAME = "record.json"
 PREDICTIONS_NAME = "predictions.jsonl"
 
@@ -82,6 +82,32 @@ class Metric(Part):
     chance: float | None = None
 
 
+class Inference(Part):
+    """One way of answering: batches of the evaluation's size for `samples_per_second` and `tokens_per_second` where the
+    task scores, one request at a time where it writes; latencies are of one request."""
+
+    examples: int
+    samples_per_second: float
+    tokens_per_second: float
+    latency_seconds_p50: float
+    latency_seconds_p90: float
+
+
+class Energy(Part):
+    """What the device's counter, or the processor package's, took in during so many seconds of training steps."""
+
+    joules: float
+    source: Literal["nvml", "rapl"]
+    seconds: float
+
+
+class Digests(Part):
+    """What a run came from besides its recipe: what it read (`data`), and peftkit's sources and libraries (`code`)."""
+
+    data: str
+    code: str
+
+
 class RunRecord(Part):
     """Everything one run measured."""
 
@@ -93,9 +119,12 @@ class RunRecord(Part):
     status: Status
     error: str | None = None
     environment: dict[str, Any]
+    digests: Digests | None = None
     parameters: Parameters | None = None
     memory: Memory | None = None
     throughput: Throughput | None = None
+    inference: dict[str, Inference] = {}
+    energy: Energy | None = None
     loss: Loss | None = None
     metrics: dict[str, Metric] = {}
     validation_metrics: dict[str, Metric] = {}
@@ -103,6 +132,8 @@ class RunRecord(Part):
     artifacts: dict[str, str] = {}
     history: list[dict[str, Any]] = []
     wall_seconds: float | None = None
+    phases: dict[str, float] = {}
+    """Seconds by phase, of the process that ended the run: read, plan, load, train, score, answer."""
 
     def write(self, folder: Path) -> None:
         """Write `record.json` into `folder`, absent values left out."""

@@ -17,18 +17,20 @@ from peftkit.backbones.spec import BackboneSpec, Head
 from peftkit.data.batching import step_order
 from peftkit.data.load import load_splits
 from peftkit.data.table import Table
+from peftkit.digests import digests_of
 from peftkit.environment import describe_environment
-from peftkit.errors import Diverged, DoesNotFit, InputError, OutOfMemory, PeftkitError
+from peftkit.errors import DeviceBusy, Diverged, DoesNotFit, InputError, OutOfMemory, PeftkitError
 from peftkit.files import staged_folder, write_json, write_json_lines
 from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME, claim_folder, release_folder
 from peftkit.methods.base import Adapted, load_peft
-from peftkit.plan.gate import Admitted, admit
+from peftkit.plan.gate import Admitted, admit, require_free
 from peftkit.plan.sizes import sizes_of
 from peftkit.plan.workload import workload_of
 from peftkit.prepare import Prepared, Read, head_to_load, load, read
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.record import (
     PREDICTIONS_NAME,
+    Inference,
     Loss,
     Metric,
     Parameters,
@@ -40,7 +42,9 @@ from peftkit.record import (
 from peftkit.tasks import SHAPES, open_task, read_head
 from peftkit.tasks.base import FeatureSet, Prediction, Score, Task
 from peftkit.train.fastpath import FastPath
+from peftkit.train.inference import Requests, measure_inference
 from peftkit.train.loop import Fitted, Loop, Observer
+from peftkit.train.meter import Stopwatch
 from peftkit.train.progress import PlainObserver
 from peftkit.train.retry import explained
 from peftkit.train.scoring import mean_loss, predict
@@ -58,12 +62,24 @@ class Opened:
     task: Task
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The arguments of `train` of the same names."""
+
+    resume: bool
+    planned: bool
+    inference: bool
+    only_if_free: bool
+
+
 def train(
     recipe: Recipe,
     out: str | Path,
     *,
     resume: bool = False,
     planned: bool = True,
+    inference: bool = False,
+    only_if_free: bool = False,
     observer: Observer | None = None,
 ) -> RunRecord:
     """Train and evaluate a recipe into the folder `out`; return the record that is written there.
@@ -73,28 +89,32 @@ def train(
     Args:
         resume: go on from the newest checkpoint in `out`, or start when there is none.
         planned: plan first, and stop before any weight is loaded where the run cannot fit.
+        inference: measure afterwards how fast the result answers.
+        only_if_free: stop, too, where others hold the memory that the run needs.
 
     Raises:
         InputError: a faulty recipe, data, backbone or folder; nothing was trained.
         DoesNotFit: the plan says so; nothing was trained.
+        DeviceBusy: with `only_if_free`; nothing was trained.
         PeftkitError: training ran and failed; the record says how.
     """
     out, observer = Path(out), observer or PlainObserver()
     finished = claim_folder(recipe, out, resume=resume)
     if finished is not None:
         return finished
-    started = time.time()
+    started, digests = time.time(), digests_of(recipe)
     try:
         with explained("the run", "Try backbone.quantization=nf4 or a smaller backbone."):
-            record = _run(recipe, out, resume=resume, planned=planned, observer=observer)
-    except (InputError, DoesNotFit):
+            asked = _Asked(resume, planned, inference, only_if_free)
+            record = _run(recipe, out, asked, observer=observer)
+    except (InputError, DoesNotFit, DeviceBusy):
         release_folder(out)
         raise
     except PeftkitError as fault:
         status = FAILURES.get(type(fault), "failed")
         bare_record(recipe, status, str(fault), environment=describe_environment()).write(out)
         raise
-    record = record.model_copy(update={"wall_seconds": time.time() - started})
+    record = record.model_copy(update={"wall_seconds": time.time() - started, "digests": digests})
     record.write(out)
     return record
 
@@ -188,16 +208,22 @@ def preview_data(recipe: Recipe, *, count: int) -> list[dict[str, Any]]:
     return preview(features, known.tokenizer, origins=shown.origins, count=count, labels=labels)
 
 
-def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Observer) -> RunRecord:
+def _run(recipe: Recipe, out: Path, asked: _Asked, *, observer: Observer) -> RunRecord:
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "trackers"))
     accelerator = Accelerator(log_with=list(recipe.tracking.to) or None, project_config=project)
     if recipe.tracking.to:
         accelerator.init_trackers(recipe.tracking.project, config={"label": recipe.label, "digest": recipe.digest})
-    known = read(recipe)
-    trains = recipe.method.shots is None
-    encoded = _encode(recipe, known, observer) if trains else {}
-    admitted = _admit(recipe, known, encoded["train"], observer) if trains and planned else None
-    prepared = load(recipe, known, observer, device=accelerator.device)
+    watch = Stopwatch()
+    with watch.phase("read"):
+        known = read(recipe)
+        trains = recipe.method.shots is None
+        encoded = _encode(recipe, known, observer) if trains else {}
+    with watch.phase("plan"):
+        admitted = _admit(recipe, known, encoded["train"], observer) if trains and asked.planned else None
+        if admitted is not None and asked.only_if_free:
+            require_free(admitted.plan)
+    with watch.phase("load"):
+        prepared = load(recipe, known, observer, device=accelerator.device)
     backbone, adapted = prepared.backbone, prepared.adapted
     fitted: Fitted | None = None
     fast = FastPath(pad_id=_pad_id(backbone))
@@ -207,12 +233,16 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Ob
         loop = _open_loop(
             recipe, prepared, encoded, out, admitted, fast=fast, observer=observer, accelerator=accelerator
         )
-        fitted = loop.fit(resume=resume)
+        with watch.phase("train"):
+            fitted = loop.fit(resume=asked.resume)
         _save_artifact(adapted, backbone, out)
-    validation = _score(recipe, prepared, "validation", encoded, fast=fast)
-    test = _score(recipe, prepared, "test", encoded, fast=fast)
+    with watch.phase("score"):
+        validation = _score(recipe, prepared, "validation", encoded, fast=fast)
+        test = _score(recipe, prepared, "test", encoded, fast=fast)
     if test is not None:
         write_json_lines(out / PREDICTIONS_NAME, test[0])
+    with watch.phase("answer"):
+        answers = _measure_answers(recipe, prepared, encoded, fast=fast) if asked.inference and trains else {}
     accelerator.end_training()
     folder = out / adapted.artifact
     trainable = sum(parameter.numel() for parameter in adapted.trainable().values())
@@ -236,6 +266,9 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, planned: bool, observer: Ob
             ),
             "memory": memory,
             "throughput": fitted.meter.throughput() if fitted else None,
+            "inference": answers,
+            "phases": watch.seconds,
+            "energy": fitted.meter.energy() if fitted else None,
             "loss": loss,
             "metrics": test[1] if test else {},
             "validation_metrics": validation[1] if validation else {},
@@ -329,6 +362,17 @@ def _score(
         fast=fast,
     )
     return found, _as_metrics(task.metrics(found, intervals=True)), mean_loss(found, scored.features)
+
+
+def _measure_answers(
+    recipe: Recipe, prepared: Prepared, encoded: dict[str, FeatureSet], *, fast: FastPath
+) -> dict[str, Inference]:
+    """How fast the trained model answers examples of the test split, or else of validation or training."""
+    asked = next(encoded[split] for split in ("test", "validation", "train") if split in encoded)
+    writes = recipe.task.kind != "classify"
+    limit = recipe.evaluation.batch_tokens
+    requests = Requests(prepared.adapted, prepared.task, asked.features, fast, limit, writes)
+    return measure_inference(requests, foldable=recipe.backbone.quantization == "none")
 
 
 def _save_artifact(adapted: Adapted, backbone: Backbone, out: Path) -> None:

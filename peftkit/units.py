@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 MIB = 2**20
 GIB = 2**30
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s?)?")
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -22,6 +26,18 @@ def format_count(count: float) -> str:
         if abs(count) >= limit * (1 - 5e-4):  # what three digits round up to it is shown as it
             return f"{count / limit:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def parse_seconds(text: str) -> float:
+    """`30m` -> 1800.0; `90`, `90s`, `1.5h`, `1h30m`.
+
+    Raises:
+        ValueError: neither a number of seconds nor hours, minutes and seconds in this order.
+    """
+    found = _DURATION.fullmatch(text.strip().lower())
+    if found is None or not any(found.groups()):
+        raise ValueError(f"{text!r} is no length of time. Write 90s, 30m or 1h30m")
+    return sum(float(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
 def format_seconds(seconds: float) -> str:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "peftkit"
 RINGS = {
     0: {"errors", "units", "stats", "files", "cache", "spec", "environment", "threads"},
     1: {"methods", "tasks", "data", "backbones", "kernels"},
-    2: {"recipe", "record", "folder"},
+    2: {"recipe", "record", "folder", "digests"},
     3: {"run", "prepare", "train", "plan", "deploy", "report", "presets", "doctor"},
     4: {"cli", "bench"},
 }

@@ -68,7 +68,7 @@ def read_source(source: str, split: Split) -> Raw:
         name = source.removeprefix(BUILTIN_PREFIX)
         rows = dataset_rows(load_builtin(name, split))
         return Raw(rows, [f"{source}/{split}#{index}" for index in range(len(rows))], f"{source}/{split}")
-    files = _files(source, split)
+    files = source_files(source, split)
     if files is None:
         return _hub(source, split)
     parts = [read_file(file) for file in files]
@@ -89,8 +89,12 @@ def is_at_hand(source: str) -> bool:
     return Path(source).expanduser().exists()
 
 
-def _files(source: str, split: Split) -> list[Path] | None:
-    """The files a path, folder or glob stands for, sorted; None when the source reads like a hub id."""
+def source_files(source: str, split: Split) -> list[Path] | None:
+    """The files a path, folder or glob stands for, sorted; None when the source reads like a hub id.
+
+    Raises:
+        DataError: there is no such file, or they are of several formats.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return [path]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftkit.backbones.spec import Head
-from peftkit.errors import DoesNotFit
+from peftkit.errors import DeviceBusy, DoesNotFit
 from peftkit.plan.cards import this_machine
 from peftkit.plan.measure import TensorPeak, watching_tensors
 from peftkit.plan.planner import Plan, Planner
@@ -109,6 +109,26 @@ def admit(recipe: Recipe, head: Head, workload: Workload, *, say: Say) -> Admitt
         f"{plan.trouble}. `peftkit plan RECIPE --fit` searches for changes that fit, `peftkit train RECIPE --fit` "
         "makes them, --no-plan trains all the same."
     )
+
+
+def require_free(plan: Plan) -> None:
+    """Refuse a run whose memory others hold at this moment.
+
+    Raises:
+        DeviceBusy: with how much is free.
+    """
+    if plan.card.kind == "cpu":
+        import psutil
+
+        free = int(psutil.virtual_memory().available)
+    else:
+        free = torch.cuda.mem_get_info()[0]
+    if free < plan.needed_bytes:
+        raise DeviceBusy(
+            f"this run needs {format_bytes(plan.needed_bytes)}, and of the {format_bytes(plan.card.memory_bytes)} of "
+            f"{plan.card.name} only {format_bytes(free)} are free. Wait for what holds the rest, or end it; "
+            "--even-if-busy starts all the same."
+        )
 
 
 def deviation(predicted_bytes: int, measured_bytes: int) -> str | None:

@@ -30,7 +30,7 @@ def cell_curves(folder: Path, record: RunRecord) -> dict[str, Any]:
         }
     if history:
         kept = [group[-1] for group in _groups(history)]
-        names = [name for name in kept[0] if name not in ("step", "epoch")]
+        names = [name for name in kept[0] if name not in ("step", "epoch", "train_seconds")]
         curves["validation"] = {"step": [line["step"] for line in kept]} | {
             name: [rounded(line[name]) if _finite(line.get(name)) else None for line in kept] for name in names
         }

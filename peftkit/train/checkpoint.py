@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written whole or not at all.
 
 DIR/checkpoints/step-000200/{trainable.safetensors, state.pt}
-DIR/checkpoints/best/trainable.safetensors
+DIR/checkpoints/best-000150/trainable.safetensors
 """
 
 from __future__ import annotations
@@ -49,10 +49,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def save_best(folder: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
-    """Keep these weights as the best so far."""
-    with staged_folder(folder / "best") as staging:
+def save_best(folder: Path, step: int, trainable: Mapping[str, torch.nn.Parameter]) -> None:
+    """Keep the weights of this step as the best so far; those before are removed once these are whole."""
+    with staged_folder(best_folder(folder, step)) as staging:
         _write_tensors(staging, trainable)
+    for old in folder.glob("best-*"):
+        if old != best_folder(folder, step):
+            shutil.rmtree(old)
+
+
+def best_folder(folder: Path, step: int) -> Path:
+    """Where the weights of the best step are kept."""
+    return folder / f"best-{step:06d}"
 
 
 def restore_tensors(checkpoint: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:

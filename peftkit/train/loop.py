@@ -25,6 +25,7 @@ from peftkit.tasks.base import Score, Task
 from peftkit.train import checkpoint
 from peftkit.train.activation_cache import ActivationCache, cache_activations
 from peftkit.train.activations import open_offload, set_checkpointing
+from peftkit.train.energy import open_counter
 from peftkit.train.fastpath import FastPath
 from peftkit.train.gradients import Gradients
 from peftkit.train.guards import SETTLED_STEPS, MovementGuard, require_finite
@@ -135,7 +136,7 @@ class Loop:
         self.total_steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
         self.device = accelerator.device
         self.updates = open_updates(self.trainable, training, adapted.rounding)
-        self.meter = Meter(self.device)
+        self.meter = Meter(self.device, open_counter(self.device))
         self.state = LoopState()
         self._order: tuple[int, list[npt.NDArray[Any]]] = (-1, [])
         set_checkpointing(adapted.model, training.checkpointing)
@@ -165,6 +166,7 @@ class Loop:
                     guard = None
                 if self._validation_is_due():
                     self._validate()
+                    self.meter.settle()
                 if self.state.step % self.training.checkpoint_every == 0 and self.state.step < self.total_steps:
                     self._save()
         return self._finish()
@@ -301,7 +303,8 @@ class Loop:
         loss, metrics = mean_loss(found, self.validation), self.task.metrics(found, intervals=False)
         require_finite(loss, 0.0, state.step)
         values = {"loss": loss} | {name: score.value for name, score in metrics.items()}
-        state.history.append({"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4)} | values)
+        place = {"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4)}
+        state.history.append(place | {"train_seconds": self.meter.train_seconds} | values)
         self._log({"step": state.step} | {f"validation_{name}": value for name, value in values.items()})
         self.observer.on_validation(state.step, loss, metrics)
         metric = self.selection
@@ -309,7 +312,7 @@ class Loop:
         if state.best_value is None or sign * values[metric] > sign * state.best_value:
             state.best_value, state.best_step, state.scorings_since_best = values[metric], state.step, 0
             if self.evaluation.keep == "best":
-                checkpoint.save_best(self.folder / "checkpoints", self.trainable)
+                checkpoint.save_best(self.folder / "checkpoints", state.step, self.trainable)
         else:
             state.scorings_since_best += 1
             if self.evaluation.patience is not None and state.scorings_since_best >= self.evaluation.patience:
@@ -344,8 +347,9 @@ class Loop:
     def _finish(self) -> Fitted:
         state = self.state
         kept_best = self.evaluation.keep == "best" and state.best_step not in (None, state.step)
-        if kept_best:
-            checkpoint.restore_tensors(self.folder / "checkpoints" / "best", self.trainable)
+        if kept_best and state.best_step is not None:
+            best = checkpoint.best_folder(self.folder / "checkpoints", state.best_step)
+            checkpoint.restore_tensors(best, self.trainable)
         scored = next((row for row in state.history if row["step"] == state.best_step), None)
         last = scored if kept_best else (state.history[-1] if state.history else None)
         loss = Loss(

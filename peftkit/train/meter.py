@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,10 +15,11 @@ import numpy as np
 import psutil
 import torch
 
-from peftkit.record import Memory, Throughput
+from peftkit.record import Energy, Memory, Throughput
+from peftkit.train.energy import EnergyCounter
 
 WARMUP_STEPS = 2
-"""Steps left out of the step-time percentiles: allocations and caches settle in them."""
+"""First steps of a process that its speed is not told from: allocations and caches settle in them."""
 
 
 class TensorPeak(Protocol):
@@ -27,15 +30,32 @@ class TensorPeak(Protocol):
 
 
 @dataclass(slots=True)
+class Stopwatch:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what the body takes to a phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass(slots=True)
 class Meter:
     """Counters of one run. They are part of a checkpoint, so that a resumed run reports the whole.
 
     Attributes:
         tensor_bytes: most that tensors held at once in the last step that was watched; 0 before.
         tensor_peak_bytes: the largest of these.
+        step_tokens: of each step, without padding.
+        unsteady: the steps that the speed is not told from: warm-up, the first after other work, watched ones.
     """
 
     device: torch.device
+    counter: EnergyCounter | None = None
     samples: int = 0
     tokens: int = 0
     padded_tokens: int = 0
@@ -43,6 +63,11 @@ class Meter:
     train_seconds: float = 0.0
     cpu_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    unsteady: list[int] = field(default_factory=list)
+    joules: float = 0.0
+    counted_seconds: float = 0.0
+    warming: int = WARMUP_STEPS
     baseline_bytes: int | None = None
     peak_bytes: int = 0
     tensor_peak_bytes: int = 0
@@ -56,8 +81,10 @@ class Meter:
             watched: counts the tensors of this step; on CUDA the allocator does.
         """
         if self.baseline_bytes is None:
+            self.settle()
             self.baseline_bytes = self._held()
         self._reset_peak()
+        tokens, joules = self.tokens, self.counter.joules() if self.counter is not None else 0.0
         wall, cpu = time.perf_counter(), time.process_time()
         with watched or nullcontext() as peak:
             yield
@@ -66,7 +93,14 @@ class Meter:
         seconds = time.perf_counter() - wall
         self.train_seconds += seconds
         self.cpu_seconds += time.process_time() - cpu
+        if self.counter is not None:
+            self.joules += self.counter.joules() - joules
+            self.counted_seconds += seconds
+        if self.warming or peak is not None:
+            self.unsteady.append(len(self.step_seconds))
+            self.warming = max(0, self.warming - 1)
         self.step_seconds.append(seconds)
+        self.step_tokens.append(self.tokens - tokens)
         self._read_peak()
         if peak is not None:
             self.tensor_bytes = peak.num_bytes
@@ -83,7 +117,9 @@ class Meter:
         """The totals, or None when no step was taken."""
         if not self.step_seconds:
             return None
-        steady = self.step_seconds[WARMUP_STEPS:] or self.step_seconds
+        every = range(len(self.step_seconds))
+        kept = sorted(set(every) - set(self.unsteady)) or every
+        steady = [self.step_seconds[step] for step in kept]
         return Throughput(
             samples=self.samples,
             tokens=self.tokens,
@@ -91,7 +127,7 @@ class Meter:
             padding_fraction=1 - self.tokens / self.padded_tokens,
             train_seconds=self.train_seconds,
             cpu_seconds=self.cpu_seconds,
-            tokens_per_second=self.tokens / self.train_seconds,
+            tokens_per_second=sum(self.step_tokens[step] for step in kept) / sum(steady),
             step_seconds_p50=float(np.percentile(steady, 50)),
             step_seconds_p90=float(np.percentile(steady, 90)),
         )
@@ -106,9 +142,24 @@ class Meter:
             tensor_peak_bytes=self.tensor_peak_bytes or None,
         )
 
+    def energy(self) -> Energy | None:
+        """What the training steps took in; None where no counter could be read."""
+        if self.counter is None or not self.counted_seconds:
+            return None
+        return Energy(joules=self.joules, source=self.counter.source, seconds=self.counted_seconds)
+
+    def settle(self) -> None:
+        """Give back memory that other work left unused, lest it count as the training's; the next step is slower."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            _give_back()
+        self.warming = max(1, self.warming)
+
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "device"}
+        return {name: getattr(self, name) for name in self.__slots__ if name not in ("device", "counter", "warming")}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's counters."""
@@ -132,6 +183,15 @@ class Meter:
             self.tensor_bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self.peak_bytes = max(self.peak_bytes, _high_water() or self._held())
+
+
+def _give_back() -> None:
+    """glibc: return freed memory to the system, which otherwise keeps it for the process."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 def _reset_high_water() -> None:
