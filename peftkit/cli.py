@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__, threads
+from peftkit.bench import verbs as harness
 from peftkit.deploy import harness_flags as lm_tasks
 from peftkit.deploy import use_verbs as uses
 from peftkit.deploy import verbs as adapters
@@ -120,11 +121,7 @@ def build_parser() -> Parser:
     merge.add_argument("--onto", choices=("dequantized", "original"), default="dequantized", help="for quantized bases")
     adapters.add_flags(verb)
     uses.add_flags(verb)
-    bench = verb("bench", "run every missing cell of a suite and compare")
-    bench.add_argument("suite", type=Path)
-    overridable(bench)
-    bench.add_argument("--out", type=Path, help="folder of the results; default runs/bench-NAME")
-    bench.add_argument("--advise", action="store_true", help="end with what to take, why, and what is given up")
+    overridable(harness.add_flags(verb))
     finished.add_flags(verb)
     data = verb("data", "show rendered examples, token by token, and what carries loss")
     data.add_argument("recipe", type=Path)
@@ -243,36 +240,7 @@ def _adapters(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from peftkit.bench.executor import run_suite
-    from peftkit.bench.suite import load_suite
-    from peftkit.report.advice import advise, render_advice
-    from peftkit.report.comparison import compare_rows
-    from peftkit.report.rows import read_cells
-    from peftkit.report.tables import render_terminal
-
-    suite = load_suite(options.suite, options.overrides)
-    out = options.out or Path("runs") / f"bench-{suite.name}"
-    results = run_suite(suite, out, report_progress=_tell)
-    rows = read_cells([out])
-    advice = advise(rows) if options.advise else []
-    if options.json:
-        found = {"out": str(out), "cells": {str(r.folder): r.status for r in results}}
-        told = {"advice": [each.to_document() for each in advice]} if options.advise else {}
-        print(json.dumps(found | told))
-    else:
-        _console().print(render_terminal(rows, compare_rows(rows, suite.reference)))
-        for kind, name in (
-            ("table", "report.md"),
-            ("page", "report.html"),
-            ("plot", "scatter.png"),
-            ("data", "results.csv"),
-            ("data", "results.parquet"),
-        ):
-            if (out / name).is_file():
-                print(f"{kind}  {out / name}")
-        if advice:
-            _console().print(render_advice(advice))
-    return 0 if all(result.status == "ok" for result in results) else 1
+    return harness.answer(options, _console, _tell)
 
 
 def _finished(options: argparse.Namespace) -> int:

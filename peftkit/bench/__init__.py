@@ -12,15 +12,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftkit.bench.executor import CellResult
+    from peftkit.bench.executor import Executor
+    from peftkit.bench.process import CellResult
     from peftkit.bench.suite import Suite
 
 
 class _Verb(ModuleType):
-    def __call__(self, suite: Suite, out: str | Path, *, report_progress: Callable[[str], None]) -> list[CellResult]:
+    def __call__(
+        self, suite: Suite, out: str | Path, *, report_progress: Callable[[str], None], executor: Executor | None = None
+    ) -> list[CellResult]:
         from peftkit.bench.executor import run_suite
 
-        return run_suite(suite, Path(out), report_progress=report_progress)
+        return run_suite(suite, Path(out), report_progress=report_progress, executor=executor)
 
 
 sys.modules[__name__].__class__ = _Verb

@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError, field_validator
 
 from peftkit.errors import InputError, RecipeError, nearest
 from peftkit.methods import ALIASES, AnyMethod
 from peftkit.recipe import Recipe, anchor, build_recipe, parse_yaml, read_yaml, set_value
 from peftkit.spec import Section
+from peftkit.units import parse_seconds
 
 Settings = dict[str, Any]
 """Dotted recipe keys and their values; `method: lora` chooses a kind, a section set to null has its defaults."""
@@ -62,12 +63,21 @@ class Suite(Section):
     )
     always: Settings = Field({}, description="Dotted keys of every cell, above variants and grid")
     reference: str | None = Field(None, description="The variant that the report compares the others with")
+    timeout: PositiveFloat | None = Field(None, description="Of one cell: seconds, or as in 90s, 30m, 1h30m")
+    inference: bool = Field(True, description="Measure after each run how fast it answers; adds seconds to a cell")
+    target_score: float | None = Field(None, description="Report how long training takes to this validation score")
 
     @field_validator("variants", mode="before")
     @classmethod
     def _plain_variants(cls, variants: Any) -> Any:
         """`full:` without settings is the recipe as it stands."""
         return {k: {} if v is None else v for k, v in variants.items()} if isinstance(variants, dict) else variants
+
+    @field_validator("timeout", mode="before")
+    @classmethod
+    def _in_seconds(cls, timeout: Any) -> Any:
+        """`30m` is 1800."""
+        return parse_seconds(timeout) if isinstance(timeout, str) else timeout
 
     @field_validator("seeds")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,11 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+from kill_bench import is_cell
 
 from peftkit.bench import cell as cell_module
 from peftkit.bench.cell import BUSY, finished, holding, run_cell
 from peftkit.bench.executor import CellResult, run_suite
 from peftkit.bench.suite import Cell, Suite, build_suite
+from peftkit.digests import digests_of
 from peftkit.errors import Diverged, MethodError
 from peftkit.files import write_text
 from peftkit.record import bare_record, read_record
@@ -50,7 +51,8 @@ def silent(text: str) -> None:
 def finish(cell: Cell, folder: Path) -> None:
     """Lay a finished run, as `train` would have left it."""
     record = bare_record(cell.recipe, "failed", "", environment={})
-    record.model_copy(update={"status": "ok", "error": None}).write(folder)
+    update = {"status": "ok", "error": None, "digests": digests_of(cell.recipe)}
+    record.model_copy(update=update).write(folder)
 
 
 def lay(cell: Cell, folder: Path) -> None:
@@ -69,9 +71,8 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def cell_process(parent: int) -> psutil.Process | None:
-    """The cell that this process is running."""
-    children = psutil.Process(parent).children()
-    return next((child for child in children if "peftkit.bench.cell" in child.cmdline()), None)
+    """The cell that this process is running, forked or started anew."""
+    return next((child for child in psutil.Process(parent).children(recursive=True) if is_cell(child)), None)
 
 
 @pytest.fixture
@@ -145,10 +146,10 @@ def test_a_finished_cell_is_not_trained_again(
 
 def test_a_record_of_another_recipe_does_not_count_as_finished(cell: Cell, tmp_path: Path) -> None:
     finish(cell, tmp_path)
-    assert finished(tmp_path, cell.recipe.digest) is not None
-    assert finished(tmp_path, suite(seeds=[1]).cells()[0].recipe.digest) is None
+    assert finished(tmp_path, cell.recipe) is not None
+    assert finished(tmp_path, suite(seeds=[1]).cells()[0].recipe) is None
     (tmp_path / "record.json").write_text('{"torn')
-    assert finished(tmp_path, cell.recipe.digest) is None
+    assert finished(tmp_path, cell.recipe) is None
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(cell: Cell, tmp_path: Path) -> None:
@@ -230,33 +231,6 @@ def test_a_finished_cell_is_kept_and_a_failed_one_run_again(ran: tuple[Path, lis
     after = {result.folder: (result.folder / "record.json").stat().st_mtime_ns for result in again}
     assert after[good.folder] == before[good.folder]
     assert after[bad.folder] > before[bad.folder]
-
-
-@pytest.mark.slow
-def test_a_cell_killed_in_training_is_recorded_as_killed_and_the_next_call_goes_on_from_its_checkpoint(
-    tmp_path: Path,
-) -> None:
-    steps = {"training.max_steps": 8, "training.epochs": 8, "training.checkpoint_every": 1}
-    long = suite(always={**steps, "data.test": None})
-    folder = tmp_path / "cells" / long.cells()[0].name
-
-    def kill_once_training() -> None:
-        until(lambda: any((folder / "checkpoints").glob("step-*")))
-        process = cell_process(os.getpid())
-        if process is not None:
-            process.send_signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_once_training)
-    killer.start()
-    (result,) = run_suite(long, tmp_path, report_progress=silent)
-    killer.join()
-    assert result.status == "killed"
-    assert "SIGKILL" in str(result.record.error)
-    assert "killed" in (tmp_path / "report.md").read_text()
-    (again,) = run_suite(long, tmp_path, report_progress=silent)
-    log = (folder / "cell.log").read_text()
-    assert (again.status, again.ran) == ("ok", True), log
-    assert log.count("step 1/8 ") == 1, f"the second process starts at a checkpoint, not anew: {log}"
 
 
 @pytest.fixture
