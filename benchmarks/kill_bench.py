@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ class Harness:
         except psutil.NoSuchProcess:
             return []
 
+    def watch(self, seconds: float) -> None:
+        """Wait so long, or until it ends."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def watch_for_cell(self) -> bool:
+        """Wait until it runs a cell. False when it has ended before."""
+        while self.process.poll() is None:
+            if self.cells():
+                return True
+            self.watch(0.02)
+        return False
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(PATIENCE)
@@ -103,21 +117,22 @@ def disturb(
     harness, second = Harness(path, rough), None
     started = time.monotonic()
     while sum(killed.values()) < kills:
-        moment = time.monotonic() + draw.uniform(0.0, 1.5 * calm_seconds / len(expected(calm)))
-        while time.monotonic() < moment and harness.process.poll() is None:
-            time.sleep(0.01)
+        victim, share = draw.choice(("harness", "cell")), calm_seconds / len(expected(calm))
+        harness.watch(draw.uniform(0.0, 1.5 * share))
+        if victim == "cell" and harness.watch_for_cell():
+            harness.watch(draw.uniform(0.0, share / 3))
         if harness.process.poll() is not None:  # it ended between two kills: begin with what it had found forgotten
             faults += differences(calm, rough)
             rough = folder / f"rough-{sum(killed.values())}"
             harness, kept = Harness(path, rough), {}
             continue
-        victim = draw.choice(("harness", "cell"))
         cells = harness.cells()
-        if victim == "cell" and cells:
+        if victim == "harness":
+            harness.kill()
+        elif cells:
             cells[0].send_signal(signal.SIGKILL)
         else:
-            victim = "harness"
-            harness.kill()
+            continue
         killed[victim] += 1
         say(f"{sum(killed.values())}. {victim}, after {format_seconds(time.monotonic() - started)}")
         faults += _changed(rough, kept)

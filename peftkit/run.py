@@ -242,7 +242,8 @@ def _run(recipe: Recipe, out: Path, asked: _Asked, *, observer: Observer) -> Run
     if test is not None:
         write_json_lines(out / PREDICTIONS_NAME, test[0])
     with watch.phase("answer"):
-        answers = _measure_answers(recipe, prepared, encoded, fast=fast) if asked.inference and trains else {}
+        wanted = asked.inference and trains
+        answers = _measure_answers(recipe, prepared, encoded, fast=fast, observer=observer) if wanted else {}
     accelerator.end_training()
     folder = out / adapted.artifact
     trainable = sum(parameter.numel() for parameter in adapted.trainable().values())
@@ -365,14 +366,14 @@ def _score(
 
 
 def _measure_answers(
-    recipe: Recipe, prepared: Prepared, encoded: dict[str, FeatureSet], *, fast: FastPath
+    recipe: Recipe, prepared: Prepared, encoded: dict[str, FeatureSet], *, fast: FastPath, observer: Observer
 ) -> dict[str, Inference]:
     """How fast the trained model answers examples of the test split, or else of validation or training."""
     asked = next(encoded[split] for split in ("test", "validation", "train") if split in encoded)
     writes = recipe.task.kind != "classify"
     limit = recipe.evaluation.batch_tokens
     requests = Requests(prepared.adapted, prepared.task, asked.features, fast, limit, writes)
-    return measure_inference(requests, foldable=recipe.backbone.quantization == "none")
+    return measure_inference(requests, foldable=recipe.backbone.quantization == "none", say=observer.say)
 
 
 def _save_artifact(adapted: Adapted, backbone: Backbone, out: Path) -> None:

@@ -220,6 +220,7 @@ def _sheds_threads() -> bool:
 def main() -> int:
     """Import, then serve; the exit code is the cell's in the processes that became one."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # cells hear it from their first moment
     for module in PRELOADED:
         import_module(module)
     code_digest()  # of what was imported, should the files change later

@@ -35,6 +35,8 @@ from peftkit.units import format_seconds
 Say = Callable[[str], None]
 GLANCE = 0.25
 """Seconds between looks at whether waiting was called off."""
+PATIENCE = 5.0
+"""Seconds between interrupts of a process that is to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +183,7 @@ class Settler:
         started = time.monotonic()
         while (code := process.wait(GLANCE)) is None:
             if self.cancelled.is_set():
-                process.interrupt()
-                if process.wait(SECONDS_TO_STOP) is None:
-                    process.kill()
+                _stop(process)
             elif conditions.timeout is not None and time.monotonic() - started > conditions.timeout:
                 process.kill()
                 process.wait(SECONDS_TO_STOP)
@@ -217,6 +217,15 @@ class Settler:
         lines = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         told = " ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
         return "failed", f"the process ended with code {code} and no record: {told}"
+
+
+def _stop(process: Process) -> None:
+    """Interrupt it, again where it was too young to hear it, and kill it in the end."""
+    for _ in range(int(SECONDS_TO_STOP / PATIENCE)):
+        process.interrupt()
+        if process.wait(PATIENCE) is not None:
+            return
+    process.kill()
 
 
 def _named(cell: Cell) -> str:
