@@ -121,10 +121,11 @@ def disturb(
         harness.watch(draw.uniform(0.0, 1.5 * share))
         if victim == "cell" and harness.watch_for_cell():
             harness.watch(draw.uniform(0.0, share / 3))
-        if harness.process.poll() is not None:  # it ended between two kills: begin with what it had found forgotten
+        if harness.process.poll() == 0:  # it ended well between two kills: compare, and begin anew
             faults += differences(calm, rough)
-            rough = folder / f"rough-{sum(killed.values())}"
-            harness, kept = Harness(path, rough), {}
+            rough, kept = folder / f"rough-{sum(killed.values())}", {}
+        if harness.process.poll() is not None:  # else a cell of it was killed, and the next call runs that again
+            harness = Harness(path, rough)
             continue
         cells = harness.cells()
         if victim == "harness":
@@ -193,7 +194,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         return {"files": str(fault)}
     history = [{k: v for k, v in row.items() if k != "train_seconds"} for row in record.get("history", [])]
     log = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-    samples = record["throughput"]["samples"]
+    samples = record.get("throughput", {}).get("samples")
     return {key: record.get(key) for key in ("status", "metrics", "validation_metrics", "loss", "guards", "recipe")} | {
         "history": history,
         "log": log,
