@@ -28,6 +28,7 @@ from peftkit.spec import Section
 from peftkit.tasks.spec import AnyTask, Chat
 
 TokenBudget = Annotated[str, Field(pattern=r"^[1-9]\d* tokens$")]
+TrainingBudget = Annotated[str, Field(pattern=r"^[1-9]\d* (examples|tokens|seconds)$")]
 
 
 class Training(Section):
@@ -35,6 +36,11 @@ class Training(Section):
 
     epochs: PositiveFloat = 3
     max_steps: PositiveInt | None = Field(None, description="Stop after so many optimizer steps, whatever epochs says")
+    budget: TrainingBudget | None = Field(
+        None,
+        description="Stop once so many 'N examples', 'N tokens' or 'N seconds' of steps went into training, whatever "
+        "epochs says; the schedule follows the share that is spent",
+    )
     learning_rate: PositiveFloat = 2e-4
     batch_size: PositiveInt = Field(8, description="Examples per optimizer step, over all devices")
     micro_batch: Literal["auto"] | PositiveInt | TokenBudget = Field(
@@ -73,6 +79,9 @@ class Evaluation(Section):
     every: Literal["epoch", "never"] | PositiveInt = Field("epoch", description="epoch, never, or a number of steps")
     metric: str = Field("auto", description="What 'best' means: a metric of the task, or loss; auto is the task's own")
     patience: PositiveInt | None = Field(None, description="Stop after so many scorings without a better one")
+    hurdles: dict[PositiveInt, float] = Field(
+        {}, description="Step -> value of the metric; stop where no scoring up to that step was as good"
+    )
     keep: Literal["best", "last"] = "best"
     batch_tokens: PositiveInt = Field(4096, description="Tokens per forward while scoring")
 
@@ -100,9 +109,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _settings_are_heeded(self) -> Self:
         if self.data.validation is None:
-            for name in ("patience", "metric"):
-                if getattr(self.evaluation, name) not in (None, "auto"):
+            for name in ("patience", "metric", "hurdles"):
+                if getattr(self.evaluation, name) not in (None, "auto", {}):
                     raise ValueError(f"evaluation.{name} would be ignored: there is no data.validation to score")
+        if self.training.budget is not None and self.training.max_steps is not None:
+            raise ValueError(
+                f"training.max_steps={self.training.max_steps} and training.budget={self.training.budget!r} both say "
+                "where training ends. Leave one out"
+            )
         recomputes = self.training.checkpointing not in ("auto", "off")
         padded = not self.training.kernels.packing or self.backbone.attention != "auto"
         if recomputes and padded and not self.method.checkpointable:

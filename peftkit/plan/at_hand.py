@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftkit.backbones.dims import Dims
@@ -23,10 +24,12 @@ class AtHand:
     Attributes:
         head: that the task puts on the backbone; with two labels where neither recipe nor data name them.
         train: the training split; None where it would have to be fetched.
+        num_scored: examples of the validation and the test split, by name; those that there are and that are at hand.
     """
 
     head: Head
     train: Table | None
+    num_scored: Mapping[str, int]
 
     def workload(self, recipe: Recipe, dims: Dims) -> Workload:
         """The steps of the run: as long as the data are, where they and the tokenizer are at hand; else at most.
@@ -50,11 +53,12 @@ def look(recipe: Recipe) -> AtHand:
     Raises:
         DataError: the data are there and faulty.
     """
-    train = None
-    if _is_local(recipe.data):
-        train = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed).train
-    head = assume_head(recipe.task) if train is None else read_head(recipe.task, train)
-    return AtHand(head, train)
+    if not _is_local(recipe.data):
+        return AtHand(assume_head(recipe.task), None, {})
+    splits = load_splits(recipe.data, SHAPES[recipe.task.kind], seed=recipe.seed)
+    scored = {"validation": splits.validation, "test": splits.test}
+    counts = {name: len(table) for name, table in scored.items() if table is not None}
+    return AtHand(read_head(recipe.task, splits.train), splits.train, counts)
 
 
 def _is_local(data: DataSpec) -> bool:

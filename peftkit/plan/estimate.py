@@ -7,7 +7,7 @@ An operator takes the longer of flops / (efficiency x flops a second) and bytes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -19,6 +19,7 @@ from peftkit.plan.simulation import Simulation
 
 STEP = ("forward", "loss", "backward", "optimizer")
 """The phases of a step that is timed."""
+FORWARD = ("forward", "loss")
 PRODUCT_EFFICIENCY = {"cuda": 0.6, "cpu": 0.8}
 """Share of the rated products that training reaches: data sheets state what large products at boost clock give."""
 TRAFFIC_EFFICIENCY = {"cuda": 0.75, "cpu": 0.8}
@@ -56,9 +57,18 @@ def step_seconds(simulation: Simulation, rates: Rates, *, scale: float) -> float
     Args:
         scale: tokens of the step over the tokens that were simulated; the optimizer's work does not grow with them.
     """
+    return _seconds(simulation, rates, STEP, scale=scale)
+
+
+def forward_seconds(simulation: Simulation, rates: Rates, *, scale: float) -> float:
+    """Time of a step's forwards alone, which is what scoring its examples takes."""
+    return _seconds(simulation, rates, FORWARD, scale=scale)
+
+
+def _seconds(simulation: Simulation, rates: Rates, phases: Sequence[str], *, scale: float) -> float:
     seconds = 0.0
     for phase, flops, moved_bytes in simulation.work:
-        if phase in STEP:
+        if phase in phases:
             once = max(flops / rates.flops, moved_bytes / rates.moved_bytes)
             seconds += once if phase == "optimizer" else once * scale
     return seconds

@@ -19,13 +19,14 @@ from peftkit.errors import InputError
 from peftkit.files import write_json
 from peftkit.plan.cards import Card
 from peftkit.plan.cuda_operators import Architecture
-from peftkit.plan.estimate import Rates, rates_of, step_seconds
+from peftkit.plan.estimate import Rates, forward_seconds, rates_of, step_seconds
 from peftkit.plan.known import Streams
 from peftkit.plan.peer import settings_of, simulate_peer
 from peftkit.plan.simulate import simulate
 from peftkit.plan.simulation import Simulation
 from peftkit.plan.workload import Workload, heaviest_forwards, workload_at_most
 from peftkit.recipe import Recipe
+from peftkit.train.course import parse_budget
 from peftkit.units import format_bytes
 
 RECORDED = Path(__file__).parent / "recorded_error.json"
@@ -41,6 +42,7 @@ class Plan:
         simulation: of the step that needs most.
         margin: fraction that is added to what was simulated: the planner's largest recorded error.
         step_seconds: of a mean step; None for a card whose rates are not known.
+        forward_seconds: of its forwards alone.
         num_steps: None where neither recipe nor data say it.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     trainable_params: int
     margin: float
     step_seconds: float | None
+    forward_seconds: float | None
     num_steps: int | None
 
     @property
@@ -67,6 +70,9 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """All training steps; evaluation, loading and tokenisation are not in it."""
+        amount, unit = parse_budget(self.recipe.training.budget)
+        if unit == "seconds":
+            return float(amount)
         if self.step_seconds is None or self.num_steps is None:
             return None
         return self.step_seconds * self.num_steps
@@ -173,6 +179,7 @@ class Planner:
         return self._plan(recipe, workload, found, scale=scale)
 
     def _plan(self, recipe: Recipe, workload: Workload, found: Simulation, *, scale: float) -> Plan:
+        rates = self.rates
         return Plan(
             recipe=recipe,
             card=self.card,
@@ -181,7 +188,8 @@ class Planner:
             total_params=self.dims.num_params,
             trainable_params=recipe.method.trainable_params(self.dims),
             margin=recorded_margin(self.card.kind),
-            step_seconds=None if self.rates is None else step_seconds(found, self.rates, scale=scale),
+            step_seconds=None if rates is None else step_seconds(found, rates, scale=scale),
+            forward_seconds=None if rates is None else forward_seconds(found, rates, scale=scale),
             num_steps=workload.num_steps(recipe),
         )
 

@@ -120,7 +120,8 @@ def _time(plan: Plan) -> list[str]:
     at_most = "" if plan.workload.source == "data" else "at most "
     text = f"{at_most}{format_seconds(plan.step_seconds)} a step"
     if plan.seconds is not None:
-        text += f", {at_most}{format_seconds(plan.seconds)} for {plan.num_steps:,} steps"
+        steps = "all" if plan.num_steps is None else f"{plan.num_steps:,}"
+        text += f", {at_most}{format_seconds(plan.seconds)} for {steps} steps"
     return [text]
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from peftkit.backbones.dims import Dims
-from peftkit.data.batching import micro_batches, packs, step_order
+from peftkit.data.batching import micro_batches, packs
 from peftkit.data.features import Features
 from peftkit.plan.sizes import Size, fully_labelled
 from peftkit.recipe import Recipe
+from peftkit.train.course import Course, parse_budget
 from peftkit.train.loop import AUTO_TOKENS
 
 SIMULATED_FORWARDS = 2
@@ -40,13 +41,14 @@ class Workload:
     source: Literal["data", "recipe"]
 
     def num_steps(self, recipe: Recipe) -> int | None:
-        """Optimizer steps of the whole run; None when neither the recipe nor the data say it."""
+        """Optimizer steps of the whole run; None when neither the recipe nor the data say it, or the clock does."""
         training = recipe.training
-        if training.max_steps is not None:
-            return training.max_steps
-        if self.num_examples is None:
+        amount, unit = parse_budget(training.budget)
+        if unit == "tokens":
+            return int(np.ceil(amount / self.step_tokens))
+        if self.num_examples is None and training.max_steps is None and unit != "examples":
             return None
-        return int(np.ceil(training.epochs * np.ceil(self.num_examples / training.batch_size)))
+        return Course(training, [1] * (self.num_examples or training.batch_size), seed=recipe.seed).total_steps
 
 
 def workload_at_most(recipe: Recipe, dims: Dims, *, num_examples: int | None = None) -> Workload:
@@ -60,7 +62,9 @@ def workload_at_most(recipe: Recipe, dims: Dims, *, num_examples: int | None = N
 def workload_of(recipe: Recipe, sizes: Sequence[Size]) -> Workload:
     """The steps that the recipe makes of these training examples."""
     tokens = np.asarray([size.tokens for size in sizes])
-    steps = list(_steps(recipe, len(tokens)))
+    course = Course(recipe.training, tokens, seed=recipe.seed)
+    # by the clock nobody knows how many there will be: those of one pass stand for them
+    steps = [course.examples(step) for step in range(course.total_steps or course.steps_per_epoch)]
     # of equals not the first one: the optimizer has no state in it yet
     heaviest = max(range(len(steps)), key=lambda index: (_weight(recipe, tokens[steps[index]]), index > 0))
     return Workload(
@@ -80,15 +84,6 @@ def heaviest_forwards(recipe: Recipe, sizes: Sequence[Size], *, device: Literal[
         return tuple(sizes)
     largest = sorted(groups, key=lambda group: sum(map(len, group)), reverse=True)[:SIMULATED_FORWARDS]
     return tuple(sizes[example.row] for group in largest for example in group)
-
-
-def _steps(recipe: Recipe, num_examples: int) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
-    training = recipe.training
-    per_epoch = -(-num_examples // training.batch_size)
-    total = training.max_steps or int(np.ceil(training.epochs * per_epoch))
-    for start in range(0, total, per_epoch):
-        order = step_order(num_examples, training.batch_size, seed=recipe.seed, epoch=start // per_epoch)
-        yield from order[: total - start]
 
 
 def _weight(recipe: Recipe, lengths: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[int, int]:

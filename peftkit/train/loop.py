@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy.typing as npt
 from accelerate import Accelerator
 from torch import nn
 
-from peftkit.data.batching import step_order
 from peftkit.data.features import Features
 from peftkit.errors import InputError
 from peftkit.files import append_json_line, write_json_lines
@@ -25,6 +22,7 @@ from peftkit.tasks.base import Score, Task
 from peftkit.train import checkpoint
 from peftkit.train.activation_cache import ActivationCache, cache_activations
 from peftkit.train.activations import open_offload, set_checkpointing
+from peftkit.train.course import Course
 from peftkit.train.energy import open_counter
 from peftkit.train.fastpath import FastPath
 from peftkit.train.gradients import Gradients
@@ -132,13 +130,11 @@ class Loop:
         self.folder, self.observer, self.accelerator, self.watch = folder, observer, accelerator, watch
         self.selection = self._selection()
         self.trainable = adapted.trainable()
-        self.steps_per_epoch = math.ceil(len(train) / training.batch_size)
-        self.total_steps = training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
+        self.course = Course(training, list(map(len, train)), seed=seed)
         self.device = accelerator.device
         self.updates = open_updates(self.trainable, training, adapted.rounding)
         self.meter = Meter(self.device, open_counter(self.device))
         self.state = LoopState()
-        self._order: tuple[int, list[npt.NDArray[Any]]] = (-1, [])
         set_checkpointing(adapted.model, training.checkpointing)
         saving = open_offload(adapted.model, self.device) if training.offload_activations else nullcontext()
         self.caches = self._open_caches() if training.activation_cache else (None, None)
@@ -159,23 +155,27 @@ class Loop:
         make_resident(self.adapted.model)
         guard = MovementGuard(self.trainable) if self.state.step < SETTLED_STEPS else None
         with explained("training", remedy(self.training)):
-            while self.state.step < self.total_steps and not self.state.stopped:
+            while not self._is_over() and not self.state.stopped:
                 self._advance(guard)
-                if guard is not None and self.state.step >= min(SETTLED_STEPS, self.total_steps):
+                if guard is not None and (self.state.step >= SETTLED_STEPS or self._is_over()):
                     self._settle(guard)
                     guard = None
                 if self._validation_is_due():
                     self._validate()
                     self.meter.settle()
-                if self.state.step % self.training.checkpoint_every == 0 and self.state.step < self.total_steps:
+                if self.state.step % self.training.checkpoint_every == 0 and not self._is_over():
                     self._save()
         return self._finish()
 
+    def _is_over(self) -> bool:
+        return self.course.is_over(self.state.step, self.meter.train_seconds)
+
     def _advance(self, guard: MovementGuard | None) -> None:
         """One optimizer step; its loss is the mean over all loss units of the step, however it is cut."""
-        state, examples, given = self.state, self._examples(self.state.step), self._micro_batch()
+        state, given = self.state, self._micro_batch()
+        examples = [self.train[position] for position in self.course.examples(state.step)]
         units = sum(example.loss_units for example in examples)
-        rate = learning_rate(self.training, state.step, self.total_steps)
+        rate = learning_rate(self.training, state.step, self.course.horizon(state.step, self.meter.train_seconds))
         self.updates.set_rate(rate)
         self.adapted.model.train()
         watched = None if self.watch is None else self.watch.during(state.step, self.adapted.model, self.updates)
@@ -222,13 +222,6 @@ class Loop:
             )
         return caches[0], caches[1] if len(caches) > 1 else None
 
-    def _examples(self, step: int) -> list[Features]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = step_order(len(self.train), self.training.batch_size, seed=self.seed, epoch=epoch)
-            self._order = (epoch, order)
-        return [self.train[position] for position in self._order[1][index]]
-
     def _micro_batch(self) -> MicroBatch:
         setting = self.state.micro_batch or self.training.micro_batch
         return MicroBatch.of(setting, auto_tokens=AUTO_TOKENS.get(self.device.type, 8192))
@@ -244,20 +237,20 @@ class Loop:
         )
 
     def _report(self, loss: float, gradient_norm: float, rate: float) -> None:
-        state, recent = self.state, self.meter.step_seconds[-20:]
+        state, recent, spent = self.state, self.meter.step_seconds[-20:], self.meter.train_seconds
         report = StepReport(
             step=state.step,
-            total_steps=self.total_steps,
-            epoch=state.step / self.steps_per_epoch,
+            total_steps=self.course.expected_steps(state.step, spent),
+            epoch=state.step / self.course.steps_per_epoch,
             loss=loss,
             gradient_norm=gradient_norm,
             learning_rate=rate,
-            tokens_per_second=self.meter.tokens / self.meter.train_seconds,
+            tokens_per_second=self.meter.tokens / spent,
             peak_bytes=self.meter.peak_bytes,
-            seconds_left=(self.total_steps - state.step) * sum(recent) / len(recent),
+            seconds_left=self.course.seconds_left(state.step, spent, step_seconds=sum(recent) / len(recent)),
         )
         self.observer.on_step(report)
-        if state.step % self.training.log_every == 0 or state.step in (1, self.total_steps):
+        if state.step % self.training.log_every == 0 or state.step == 1 or self._is_over():
             row = {
                 "step": report.step,
                 "epoch": round(report.epoch, 4),
@@ -286,7 +279,7 @@ class Loop:
         every, step = self.evaluation.every, self.state.step
         if self.validation is None or every == "never":
             return False
-        return step == self.total_steps or step % (self.steps_per_epoch if every == "epoch" else every) == 0
+        return self._is_over() or step % (self.course.steps_per_epoch if every == "epoch" else every) == 0
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -303,7 +296,7 @@ class Loop:
         loss, metrics = mean_loss(found, self.validation), self.task.metrics(found, intervals=False)
         require_finite(loss, 0.0, state.step)
         values = {"loss": loss} | {name: score.value for name, score in metrics.items()}
-        place = {"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4)}
+        place = {"step": state.step, "epoch": round(state.step / self.course.steps_per_epoch, 4)}
         state.history.append(place | {"train_seconds": self.meter.train_seconds} | values)
         self._log({"step": state.step} | {f"validation_{name}": value for name, value in values.items()})
         self.observer.on_validation(state.step, loss, metrics)
@@ -318,6 +311,13 @@ class Loop:
             if self.evaluation.patience is not None and state.scorings_since_best >= self.evaluation.patience:
                 state.stopped = True
                 self.observer.say(f"stopped at step {state.step}: no better {metric} since step {state.best_step}")
+        hurdle = self.evaluation.hurdles.get(state.step)
+        if hurdle is not None and sign * state.best_value < sign * hurdle and not self._is_over():
+            state.stopped = True
+            state.guards["missed_hurdle"] = state.step
+            self.observer.say(
+                f"stopped at step {state.step}: the best {metric} is {state.best_value:.4f}, not {hurdle:.4f}"
+            )
 
     def _selection(self) -> str:
         known = ("loss", *self.task.metric_names)
@@ -339,7 +339,8 @@ class Loop:
             state = json.loads(checkpoint.load_checkpoint(found[-1], self.trainable, self.updates))
             self.state = LoopState(**state["loop"])
             self.meter.restore(state["meter"])
-            self.observer.say(f"resumed from step {self.state.step} of {self.total_steps}")
+            total = self.course.expected_steps(self.state.step, self.meter.train_seconds)
+            self.observer.say(f"resumed from step {self.state.step} of {total}")
         if log.exists():
             rows = [_parsed(line) for line in log.read_text(encoding="utf-8").splitlines()]
             write_json_lines(log, [row for row in rows if row is not None and row["step"] <= self.state.step])
@@ -359,6 +360,8 @@ class Loop:
             validation=last["loss"] if last else None,
         )
         guards = state.guards | {"best_step": state.best_step, "stopped_early": state.stopped, "steps": state.step}
+        if state.history:
+            guards["metric"] = self.selection
         return Fitted(state.step, loss, self.meter, guards, state.history)
 
 

@@ -207,7 +207,7 @@ def build_optimizer(
     return built
 
 
-def learning_rate(training: Training, step: int, total_steps: int) -> float:
+def learning_rate(training: Training, step: int, total_steps: float) -> float:
     """The rate of a step, counted from 0: linear warm-up that starts above zero, then cosine or linear to zero."""
     warmup = training.warmup * total_steps if training.warmup < 1 else training.warmup
     if step < warmup:
