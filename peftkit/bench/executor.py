@@ -1,7 +1,7 @@
 """Runs the missing cells of a suite, each in a fresh process, and writes the report of all of them.
 
     OUT/suite.yaml  cells.json  results.{csv,parquet}  differences.csv  report.{md,html}  scatter.png
-    OUT/cells/NAME/{recipe.yaml, record.json, cell.log, ...}
+    OUT/cells/NAME/{recipe.yaml, record.json, cell.log, ...}   OUT/tuning/VARIANT/..., where the suite tunes
 
 Killed at any moment, the folder is taken up again by the same call.
 """
@@ -9,14 +9,18 @@ Killed at any moment, the folder is taken up again by the same call.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from peftkit.bench.cell import finished
 from peftkit.bench.local import Local
+from peftkit.bench.memory import held_to_memory
 from peftkit.bench.process import CellResult, Conditions, Say
 from peftkit.bench.suite import Cell, Suite
+from peftkit.bench.tune import Tuned, load_optuna, tune_suite
 from peftkit.files import write_json, write_text
 from peftkit.recipe import dump_yaml
 from peftkit.report.document import write_report
@@ -45,21 +49,29 @@ def run_suite(
     keep_old: bool = False,
     even_if_busy: bool = False,
 ) -> list[CellResult]:
-    """Run every missing cell of the suite and write the report; results in the suite's order.
+    """Tune what the suite tunes, run every missing cell and write the report; results in the suite's order.
 
     See `run_cells` for what is run.
 
     Raises:
         RecipeError: the suite's faults; nothing was run.
         OutputError: `out` cannot be written.
+        InputError: the suite tunes, and optuna is missing; nothing was run.
+        DoesNotFit: the suite's budget of memory is too little for some cells; nothing was run.
         DeviceBusy: the device's memory is in use; nothing was run.
     """
-    cells = suite.cells()
+    cells = held_to_memory(suite, suite.cells())  # what is wrong is told before anything is written
+    if suite.tune is not None:
+        load_optuna()
     conditions = Conditions(suite.timeout, suite.inference, keep_old, even_if_busy)
     executor = executor or Local()
     _check(cells, out / CELLS_FOLDER, executor, conditions)
     write_text(out / SUITE_NAME, dump_yaml(suite.model_dump(mode="json")))
-    write_json(out / MANIFEST_NAME, _manifest(suite, cells))
+    trials = partial(run_cells, executor=executor, conditions=replace(conditions, inference=False), say=report_progress)
+    tuned = tune_suite(suite, out, run=trials, say=report_progress)
+    if tuned:
+        cells = held_to_memory(suite, suite.cells({variant: found.chosen for variant, found in tuned.items()}))
+    write_json(out / MANIFEST_NAME, _manifest(suite, cells, tuned))
     results = run_cells(cells, out / CELLS_FOLDER, executor=executor, conditions=conditions, say=report_progress)
     rows = read_cells([out])
     write_report(out, suite.name, rows, description=suite.description, reference=suite.reference)
@@ -103,11 +115,13 @@ def _check(cells: Sequence[Cell], folder: Path, executor: Executor, conditions: 
         executor.check(conditions)
 
 
-def _manifest(suite: Suite, cells: list[Cell]) -> dict[str, object]:
+def _manifest(suite: Suite, cells: list[Cell], tuned: Mapping[str, Tuned]) -> dict[str, object]:
     """The cells that the report is about, in order: the folder may hold others of an earlier suite."""
     rows = [
         {"name": cell.name, "variant": cell.variant, "seed": cell.recipe.seed, "recipe_digest": cell.recipe.digest}
+        | ({} if found is None else {"tuned": found.document()})
         for cell in cells
+        for found in [tuned.get(cell.variant, tuned.get(""))]
     ]
     named = {
         key: value

@@ -12,14 +12,17 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError, field_validator
 
+from peftkit.bench.budget import Budget
+from peftkit.bench.tuning import Settings, Tune, middle
 from peftkit.errors import InputError, RecipeError, nearest
 from peftkit.methods import ALIASES, AnyMethod
 from peftkit.recipe import Recipe, anchor, build_recipe, parse_yaml, read_yaml, set_value
+from peftkit.report.comparison import is_reference
 from peftkit.spec import Section
 from peftkit.units import parse_seconds
 
-Settings = dict[str, Any]
-"""Dotted recipe keys and their values; `method: lora` chooses a kind, a section set to null has its defaults."""
+Chosen = Mapping[str, Settings]
+"""Variant, as a table calls it -> what tuning chose for it."""
 LONGEST_LABEL = 60
 
 
@@ -38,9 +41,17 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
-    """A cell before its recipe is checked."""
+class Point:
+    """A cell before its recipe is checked.
 
+    Attributes:
+        name: of the variant alone, as the suite's `variants` has it.
+        variant: with its place on the grid, as a table calls it.
+        varied: the dotted keys of variant and grid.
+        content: recipe data.
+    """
+
+    name: str
     variant: str
     seed: int
     varied: Settings
@@ -54,15 +65,19 @@ class Suite(Section):
     description: str = Field("", description="For people: what is compared, and how the settings were chosen")
     recipe: Settings = Field(description="The recipe that the cells share: a path, or the recipe itself")
     variants: dict[Annotated[str, Field(min_length=1)], Settings] = Field({}, description="Name -> dotted keys it sets")
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="Dotted key -> values, all combined"
+    grid: dict[str, Annotated[list[Any] | dict[str, Any], Field(min_length=1)]] = Field(
+        {}, description="Dotted key -> values, or their names -> values; all combined"
     )
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
     exclude: list[Annotated[Settings, Field(min_length=1)]] = Field(
         [], description="Cells left out: variant, seed or dotted keys, all of which must match"
     )
     always: Settings = Field({}, description="Dotted keys of every cell, above variants and grid")
-    reference: str | None = Field(None, description="The variant that the report compares the others with")
+    budget: Budget | None = Field(None, description="The same amount of one thing for every cell that trains")
+    tune: Tune | None = Field(None, description="The same number of trials for every variant that trains")
+    reference: str | None = Field(
+        None, description="The variant that the report compares the others with, each at its own place of a grid"
+    )
     timeout: PositiveFloat | None = Field(None, description="Of one cell: seconds, or as in 90s, 30m, 1h30m")
     inference: bool = Field(True, description="Measure after each run how fast it answers; adds seconds to a cell")
     target_score: float | None = Field(None, description="Report how long training takes to this validation score")
@@ -86,13 +101,17 @@ class Suite(Section):
             raise ValueError(f"{seeds} names a seed twice")
         return seeds
 
-    def cells(self) -> list[Cell]:
+    def cells(self, chosen: Chosen | None = None) -> list[Cell]:
         """Every run, in the order of variants, grid and seeds.
+
+        Args:
+            chosen: what tuning found; None, before it, takes the middle of every space.
 
         Raises:
             RecipeError: the faults of all cells, each named once.
         """
-        points, faults = self._included()
+        points, faults = self._included(chosen)
+        faults += tuning_faults(self, points)
         cells: list[Cell] = []
         for point in points:
             try:
@@ -101,7 +120,7 @@ class Suite(Section):
                 faults += [(point.variant, text) for text in fault.faults]
         faults += _repeated(cells)
         names = list(dict.fromkeys(cell.variant for cell in cells))
-        if cells and not faults and self.reference is not None and self.reference not in names:
+        if cells and not faults and self.reference is not None and not is_reference(self.reference, names):
             known = f"{', '.join(names)}{nearest(self.reference, names)}"
             faults.append(("reference", f"no {self.reference!r} among {known}"))
         if not points and not faults:
@@ -110,9 +129,26 @@ class Suite(Section):
             raise RecipeError(f"suite {self.name!r}", _gathered(faults, {point.variant for point in points}))
         return cells
 
-    def _included(self) -> tuple[list[_Point], list[tuple[str, str]]]:
+    def tuned_points(self) -> list[Point]:
+        """One point of each variant that is tuned, which are those that train."""
+        return [] if self.tune is None else tuned_among(self._included(None)[0])
+
+    def trial(self, point: Point, values: Settings, hurdles: Mapping[int, float] | None = None) -> Recipe:
+        """The recipe of a trial of a tuned point: with these values, and nothing to test on.
+
+        Raises:
+            RecipeError: faults of the recipe.
+        """
+        assert self.tune is not None
+        metric = {} if self.tune.metric == "auto" else {"evaluation.metric": self.tune.metric}
+        hurdle = {"evaluation.hurdles": dict(hurdles)} if hurdles else {}
+        content = self._content(point.varied, {**self.tune.trial, **metric, **values, **hurdle})
+        _apply(content, {"data.test": None, "seed": self.tune.seed})
+        return build_recipe(content)
+
+    def _included(self, chosen: Chosen | None) -> tuple[list[Point], list[tuple[str, str]]]:
         """Points that no exclusion matches, and the exclusions that match none."""
-        points = list(self._points())
+        points = list(self._points(chosen))
         matches = [{i for i, point in enumerate(points) if _is_excluded(point, rule)} for rule in self.exclude]
         left_out = set().union(*matches)
         idle = [rule for rule, matched in zip(self.exclude, matches, strict=True) if not matched]
@@ -121,20 +157,23 @@ class Suite(Section):
             [("exclude", f"{rule} matches no cell. Check its keys and values, or remove it") for rule in idle],
         )
 
-    def _points(self) -> Iterator[_Point]:
+    def _points(self, chosen: Chosen | None) -> Iterator[Point]:
         names: Sequence[str] = list(self.variants) or [""]
-        for name, values in itertools.product(names, itertools.product(*self.grid.values())):
-            chosen = dict(zip(self.grid, values, strict=True))
-            varied = {**self.variants.get(name, {}), **chosen}
-            content = self._content(varied)
-            label = ", ".join([name] * bool(name) + _grid_labels(chosen))
+        for name, labelled in itertools.product(names, itertools.product(*map(_labelled, self.grid.values()))):
+            place = {key: value for key, (_, value) in zip(self.grid, labelled, strict=True)}
+            labels = {key: label for key, (label, _) in zip(self.grid, labelled, strict=True)}
+            varied = {**self.variants.get(name, {}), **place}
+            label = ", ".join([name] * bool(name) + _grid_labels(place, labels))
+            searched = {} if self.tune is None else middle(self.tune.space_of(name))
+            content = self._content(varied, searched if chosen is None else chosen.get(label, {}))
             for seed in self.seeds:
-                yield _Point(label, seed, varied, {**content, "seed": seed})
+                yield Point(name, label, seed, varied, {**content, "seed": seed})
 
-    def _content(self, varied: Settings) -> Settings:
-        """Recipe data of one point: the shared recipe, then what varies, then what always holds."""
+    def _content(self, varied: Settings, searched: Settings) -> Settings:
+        """Recipe data of one point: the shared recipe, what varies, the budget, what is searched, what always holds."""
         content = dict(self.recipe)
-        _apply(content, {**varied, **self.always})
+        budget = {} if self.budget is None else self.budget.settings
+        _apply(content, {**varied, **budget, **searched, **self.always})
         if not _prompting(content.get("method")):
             return content
         # The shared training settings are for the methods that train; only a prompting variant's own would be ignored.
@@ -214,21 +253,37 @@ def _apply(content: Settings, settings: Settings) -> None:
             set_value(content, key, value)
 
 
-def _cell(point: _Point) -> Cell:
+def _cell(point: Point) -> Cell:
     recipe = build_recipe(point.content)
-    variant = point.variant or recipe.label
-    slug = re.sub(r"[^\w.=+-]+", "-", variant, flags=re.ASCII).strip("-.")[:LONGEST_LABEL] or "cell"
-    return Cell(f"{slug}-seed{point.seed}-{recipe.digest[:8]}", variant, recipe)
+    return named_cell(point.variant or recipe.label, recipe)
 
 
-def _grid_labels(chosen: Settings) -> list[str]:
+def named_cell(variant: str, recipe: Recipe) -> Cell:
+    """The cell of a variant that runs this recipe."""
+    return Cell(f"{slug_of(variant)}-seed{recipe.seed}-{recipe.digest[:8]}", variant, recipe)
+
+
+def slug_of(variant: str) -> str:
+    """The variant's name as a folder can have it."""
+    return re.sub(r"[^\w.=+-]+", "-", variant, flags=re.ASCII).strip("-.")[:LONGEST_LABEL] or "cell"
+
+
+def _labelled(values: list[Any] | dict[str, Any]) -> list[tuple[str | None, Any]]:
+    """The values of a grid's key, each with the name that the suite gives it."""
+    return list(values.items()) if isinstance(values, dict) else [(None, value) for value in values]
+
+
+def _grid_labels(place: Settings, labels: Mapping[str, str | None]) -> list[str]:
     """`lora`, `rank=8`: the shortest words that tell the points of a grid apart."""
-    last = [key.rsplit(".", 1)[-1] for key in chosen]
+    last = [key.rsplit(".", 1)[-1] for key in place]
     return [
-        str(value)
-        if isinstance(value, str) and key in ("method", "method.kind", "backbone", "backbone.name", "task")
-        else f"{short if last.count(short) == 1 else key}={_short(value)}"
-        for (key, value), short in zip(chosen.items(), last, strict=True)
+        labels[key]
+        or (
+            str(value)
+            if isinstance(value, str) and key in ("method", "method.kind", "backbone", "backbone.name", "task")
+            else f"{short if last.count(short) == 1 else key}={_short(value)}"
+        )
+        for (key, value), short in zip(place.items(), last, strict=True)
     ]
 
 
@@ -236,12 +291,12 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _is_excluded(point: _Point, rule: Settings) -> bool:
+def _is_excluded(point: Point, rule: Settings) -> bool:
     named = {"variant": point.variant, "seed": point.seed}
     return all(named[key] == value if key in named else _holds(point, key, value) for key, value in rule.items())
 
 
-def _holds(point: _Point, key: str, value: Any) -> bool:
+def _holds(point: Point, key: str, value: Any) -> bool:
     """Whether the point sets `key` to `value`; a bare word also matches the kind or name of a section."""
     if key in point.varied and point.varied[key] == value:
         return True
@@ -277,6 +332,36 @@ def _gathered(faults: Sequence[tuple[str, str]], variants: set[str]) -> list[str
         else f"{'; '.join(name or 'recipe' for name in names)}: {text}"
         for text, names in holders.items()
     ]
+
+
+def tuned_among(points: Sequence[Point]) -> list[Point]:
+    """One point of each variant that trains."""
+    return list({point.variant: point for point in points if not _prompting(point.content.get("method"))}.values())
+
+
+def tuning_faults(suite: Suite, points: Sequence[Point]) -> list[tuple[str, str]]:
+    """What keeps the suite's points from being tuned, by variant; trials are checked at the ends of their space."""
+    tune = suite.tune
+    if tune is None:
+        return []
+    faults = [("tune", text) for text in tune.strangers(list(suite.variants))]
+    if tune.seed in suite.seeds:
+        faults.append(("tune", f"tune.seed {tune.seed} is one of the suite's seeds {suite.seeds}. Take a fresh one"))
+    for point in tuned_among(points):
+        fixed = dict.fromkeys(point.varied, "the variant or the grid") | dict.fromkeys(suite.always, "an override")
+        found = tune.faults(point.name, fixed)
+        for values in [] if found else tune.ends(point.name):
+            try:
+                recipe = suite.trial(point, values)
+            except RecipeError as fault:
+                found += fault.faults
+                continue
+            if recipe.data.validation is None:
+                found.append("tune: needs data.validation to score trials on")
+            if recipe.evaluation.every == "never":
+                found.append("tune: evaluation.every is never, so trials have no score. Set it in tune.trial")
+        faults += [(point.variant, text) for text in dict.fromkeys(found)]
+    return faults
 
 
 def _prompting(method: Any) -> bool:

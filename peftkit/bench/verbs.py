@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from peftkit.bench.executor import Executor
+    from peftkit.bench.suite import Suite
 
 
 def add_flags(verb: Callable[[str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -20,6 +21,8 @@ def add_flags(verb: Callable[[str, str], argparse.ArgumentParser]) -> argparse.A
     bench.add_argument("suite", type=Path)
     bench.add_argument("--out", type=Path, help="folder of the results; default runs/bench-NAME")
     bench.add_argument("--advise", action="store_true", help="end with what to take, why, and what is given up")
+    bench.add_argument("--dry-run", action="store_true", help="say what memory and time the cells take; run nothing")
+    bench.add_argument("--gpu", metavar="NAME or SIZE", help="of --dry-run, such as 'RTX 3060' or 12GiB")
     where = "local: processes of this machine; ray: tasks of a Ray cluster, or of one started here"
     bench.add_argument("--executor", choices=("local", "ray"), default="local", help=where)
     bench.add_argument(
@@ -34,12 +37,17 @@ def answer(options: argparse.Namespace, console: Callable[[], Console], tell: Ca
     """Run the suite and print its table, or its cells as JSON; 1 where a cell did not end well."""
     from peftkit.bench.executor import run_suite
     from peftkit.bench.suite import load_suite
+    from peftkit.errors import InputError
     from peftkit.report.advice import advise, render_advice
     from peftkit.report.comparison import compare_rows
     from peftkit.report.rows import read_cells
     from peftkit.report.tables import render_terminal
 
     suite = load_suite(options.suite, options.overrides)
+    if options.dry_run:
+        return answer_dry_run(suite, options, console)
+    if options.gpu is not None:
+        raise InputError("--gpu is for --dry-run: cells run on this machine.")
     out = options.out or Path("runs") / f"bench-{suite.name}"
     results = run_suite(
         suite,
@@ -69,6 +77,18 @@ def answer(options: argparse.Namespace, console: Callable[[], Console], tell: Ca
         if advice:
             console().print(render_advice(advice))
     return 0 if all(result.status == "ok" for result in results) else 1
+
+
+def answer_dry_run(suite: Suite, options: argparse.Namespace, console: Callable[[], Console]) -> int:
+    """Print what the suite would take; 3 where a cell does not fit, 2 where one cannot work."""
+    from peftkit.bench.preview import exit_code, preview, render_preview
+
+    found = preview(suite, options.gpu)
+    if options.json:
+        print(json.dumps(found.document()))
+    else:
+        console().print(render_preview(found))
+    return exit_code(found)
 
 
 def _executor(options: argparse.Namespace) -> Executor:

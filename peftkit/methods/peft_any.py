@@ -76,8 +76,11 @@ class PeftAny(Method):
     def _wrap(self, model: Any, dims: Dims) -> Any:
         from peft import get_peft_model
 
+        from peftkit.backbones.quiet import quietly
+
         config = self._config(dims)
         try:
-            return get_peft_model(model, config)
+            with quietly():
+                return get_peft_model(model, config)
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as fault:
             raise MethodError(f"method {self.type} cannot be put on {dims.model_type}: {fault}") from fault

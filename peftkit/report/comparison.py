@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,12 +131,15 @@ def compare_variants(rows: Sequence[CellRow], reference: str | None = None) -> l
 def compare_rows(rows: Sequence[CellRow], reference: str | None = None) -> Comparison:
     """Every variant against the reference: the one named, else `lora`, else the best; by the metric that all share.
 
+    A reference that stands at several places of a grid (`lora, film` and `lora, press`) may be named without them
+    (`lora`): then each variant is compared with the one at its own place.
+
     Raises:
         InputError: there is no variant of the reference's name.
     """
     summaries = summarise(rows)
     sides = {summary.variant: summary.rows for summary in summaries}
-    if reference is not None and reference not in sides:
+    if reference is not None and not is_reference(reference, sides):
         names = list(sides)
         raise InputError(f"no variant {reference!r} among {', '.join(names)}{nearest(reference, names)}")
     metric = common_metric(summaries)
@@ -144,9 +147,15 @@ def compare_rows(rows: Sequence[CellRow], reference: str | None = None) -> Compa
     if metric is None or len(sides) < 2 or not able:
         return Comparison(metric or "", [], {})
     chosen = reference or (USUAL_REFERENCE if USUAL_REFERENCE in able else able[0])
-    return _compare(
-        [_Pair(name, side, chosen, sides[chosen]) for name, side in sides.items() if name != chosen], metric
-    )
+    opponents = {name: chosen if chosen in sides else f"{chosen}, {name.partition(', ')[2]}" for name in sides}
+    others = [name for name in sides if opponents[name] != name]
+    pairs = [_Pair(name, sides[name], opponents[name], sides.get(opponents[name], ())) for name in others]
+    return _compare(pairs, metric)
+
+
+def is_reference(name: str, variants: Iterable[str]) -> bool:
+    """Whether a variant is called so, alone or before its place on a grid."""
+    return any(variant == name or variant.startswith(f"{name}, ") for variant in variants)
 
 
 def compare_folders(one: Path, other: Path, metric: str | None = None) -> Comparison:

@@ -16,6 +16,7 @@ from peftkit.report.page import write_page
 from peftkit.report.plots import scatter
 from peftkit.report.rows import CellRow, summarise
 from peftkit.report.tables import escape_markdown, render_markdown
+from peftkit.report.tuned import tuning_notes
 
 REPORT_NAME = "report.md"
 RESULTS_NAME = "results.csv"
@@ -83,7 +84,8 @@ def _write_page(
     against_best = compare_rows(own, best).differences if best is not None and best not in reached else []
     differences = [*comparison.differences, *against_best]
     left_out = comparison.left_out
-    write_page(out, suite_name, rows, differences, description=description, left_out=left_out, advice=advice)
+    told = "\n\n".join([description.strip(), *tuning_notes(summarise(own), mark="")])
+    write_page(out, suite_name, rows, differences, description=told, left_out=left_out, advice=advice)
 
 
 def _reproduction(out: Path, rows: Sequence[CellRow]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from peftkit.report.comparison import Comparison, Difference, brief, probability, signed, unit
 from peftkit.report.method_comparison import caveats
 from peftkit.report.rows import CellRow, Estimate, Summary, common_metric, summarise
+from peftkit.report.tuned import TUNED_MARK, is_tuned, tuning_notes
 from peftkit.units import format_bytes, format_count, format_joules, format_seconds
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ def _against(found: Sequence[Difference]) -> str:
     seeds = {each.num_seeds if each.paired_seeds else 0 for each in found}
     count = seeds.pop() if len(seeds) == 1 else 0
     paired = f" and {count} seed{'s'[: count != 1]}" if count else ""
-    return f"{unit(first.metric)} against {first.reference}, {first.num_examples:,} examples{paired} in pairs"
+    names = " and ".join(dict.fromkeys(each.reference for each in found))
+    examples = " and ".join(dict.fromkeys(f"{each.num_examples:,}" for each in found))
+    return f"{unit(first.metric)} against {names}, {examples} examples{paired} in pairs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,7 @@ def failures(summaries: Sequence[Summary]) -> list[Failure]:
 def interval_notes(summaries: Sequence[Summary]) -> list[str]:
     """Sentences that say what the intervals and the columns mean."""
     scores = [summary.score for summary in summaries if summary.score is not None]
-    notes = []
+    notes = tuning_notes(summaries)
     if scores:
         sizes = sorted({score.n for score in scores})
         counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
@@ -238,7 +241,8 @@ def _bases(bases: set[str]) -> str:
 
 def _named(summary: Summary) -> str:
     done, planned = summary.ended_well, len(summary.rows)
-    return summary.variant if done in (0, planned) else f"{summary.variant} ({done}/{planned})"
+    name = summary.variant + TUNED_MARK * is_tuned(summary)
+    return name if done in (0, planned) else f"{name} ({done}/{planned})"
 
 
 def _score(summary: Summary) -> str:

@@ -91,8 +91,18 @@ def test_the_reports_reference_is_one_of_the_variants_and_no_part_of_a_cell() ->
     assert faults_of(suite(variants=variants, reference="ful").cells) == (
         "reference: no 'ful' among lora, full; did you mean 'full'?",
     )
-    gridded = suite(variants=variants, grid={"training.max_steps": [5]}, reference="lora, max_steps=5")
-    assert len(gridded.cells()) == 2
+    for reference in ("lora, max_steps=5", "lora"):  # at one place of the grid, and at each one's own
+        gridded = suite(variants=variants, grid={"training.max_steps": [5]}, reference=reference)
+        assert len(gridded.cells()) == 2
+
+
+def test_a_grid_may_name_its_values() -> None:
+    sources = {"film": {"train": "builtin:movie-sentiment"}, "press": {"train": "builtin:nyt-sentiment"}}
+    cells = suite(variants={"lora": {}}, grid={"data": sources, "training.max_steps": [5]}).cells()
+    assert [(cell.variant, cell.recipe.data.train) for cell in cells] == [
+        ("lora, film, max_steps=5", "builtin:movie-sentiment"),
+        ("lora, press, max_steps=5", "builtin:nyt-sentiment"),
+    ]
 
 
 def test_a_section_set_to_null_has_its_defaults() -> None:

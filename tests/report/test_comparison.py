@@ -92,6 +92,24 @@ def test_the_reference_is_lora_or_the_best_or_the_one_that_is_named(tmp_path: Pa
         compare_variants(rows, "lorra")
 
 
+def test_a_reference_at_several_places_of_a_grid_is_taken_at_each_ones_own(tmp_path: Path) -> None:
+    levels = {"full, film": 0.9, "lora, film": 0.7, "lora, press": 0.6, "head, press": 0.2, "head, law": 0.1}
+    press = 1 - TRUTH  # another test
+    rows = [
+        cell(tmp_path, name, right(level), truth=TRUTH if "film" in name else press) for name, level in levels.items()
+    ]
+    comparison = compare_rows(rows, "lora")
+    assert {found.variant: found.reference for found in comparison.differences} == {
+        "full, film": "lora, film",
+        "head, press": "lora, press",
+    }
+    assert comparison.left_out == {"head, law": "in lora, law, no finished run (not there)."}
+    (heading, *_) = difference_lines(comparison, summarise(rows))
+    assert heading == "points of accuracy against lora, film and lora, press, 1,000 examples and 1 seed in pairs:"
+    with pytest.raises(InputError, match="did you mean"):
+        compare_rows(rows, "lorra, film")
+
+
 def test_equal_seeds_are_paired_and_unequal_ones_are_not(tmp_path: Path) -> None:
     lora = [cell(tmp_path, "lora", right(0.8, seed), seed) for seed in range(3)]
     full = [cell(tmp_path, "full", right(0.9, seed), seed) for seed in range(3)]
