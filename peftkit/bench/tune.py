@@ -261,16 +261,18 @@ def _create(optuna: Any, space: Space, tune: Tune) -> Any:
     else:
         sampler = samplers.TPESampler(seed=tune.seed)
     study = optuna.create_study(sampler=sampler)
-    for point in _grid(space, tune) or [{key: middle_place(values) for key, values in space.items()}]:
+    first = {key: middle_place(values) for key, values in space.items()}
+    for point in _grid(space, tune) or [first]:
         study.enqueue_trial(point)
     return study
 
 
-def _grid(space: Space, tune: Tune) -> list[dict[str, int]]:
+def _grid(space: Space, tune: Tune) -> list[dict[str, int | float]]:
     """Of lists alone, as many of their combinations as there are trials, in an order that the seed decides."""
     places = [range(len(values)) for values in space.values() if not isinstance(values, Range)]
     if len(places) < len(space):
         return []
+    points: list[dict[str, int | float]]
     points = [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*places)]
     return random.Random(tune.seed).sample(points, tune.trials)
 

@@ -42,8 +42,8 @@ class Plan:
         simulation: of the step that needs most.
         margin: fraction that is added to what was simulated: the planner's largest recorded error.
         step_seconds: of a mean step; None for a card whose rates are not known.
-        forward_seconds: of its forwards alone.
-        num_steps: None where neither recipe nor data say it.
+        num_steps: None where neither recipe nor data say it, or the clock does.
+        forward_seconds: of a mean step's forwards alone.
     """
 
     recipe: Recipe
@@ -54,8 +54,8 @@ class Plan:
     trainable_params: int
     margin: float
     step_seconds: float | None
-    forward_seconds: float | None
     num_steps: int | None
+    forward_seconds: float | None = None
 
     @property
     def needed_bytes(self) -> int:

@@ -30,7 +30,7 @@ def tuning_notes(summaries: Sequence[Summary], *, mark: str = TUNED_MARK) -> lis
     metrics = ", ".join(dict.fromkeys(str(each["metric"]) for each in found))
     counted = f"{trials[0]}" if len(trials) == 1 else f"{trials[0]} to {trials[-1]}"
     keys = ", ".join(dict.fromkeys(key for each in found for key in each["chosen"]))
-    lead = f"{mark} tuned" if mark else "Tuned"
+    lead = f"Tuned ({mark})" if mark else "Tuned"
     notes = [f"{lead}: the best of {counted} trials by validation {metrics}; searched: {keys}."]
     untuned = [summary.variant for summary in summaries if trains(summary) and not is_tuned(summary)]
     if untuned:

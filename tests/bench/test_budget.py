@@ -16,16 +16,16 @@ from peftkit.recipe import Recipe, build_recipe
 
 
 @pytest.fixture
-def suite(tiny_bert: Path, reviews_file: Path) -> Any:
-    """Builds a suite of a prompting baseline and two methods on the tiny encoder, eight examples a step."""
+def suite(tiny_llama: Path, talks_file: Path) -> Any:
+    """Builds a suite of a prompting baseline and two methods, four examples a step, with logits in full."""
 
     def build(**content: Any) -> Suite:
         recipe = {
-            "backbone": {"name": str(tiny_bert), "dtype": "float32"},
+            "backbone": {"name": str(tiny_llama), "dtype": "float32"},
             "method": "lora",
-            "task": "classify",
-            "data": {"train": str(reviews_file)},
-            "training": {"batch_size": 8},
+            "task": "chat",
+            "data": {"train": str(talks_file)},
+            "training": {"batch_size": 4, "kernels": {"loss": False}},
         }
         variants = {"ask": {"method": "zero-shot"}, "full": {"method": "full"}, "lora": {}}
         return build_suite({"name": "s", "recipe": recipe, "variants": variants, **content})
@@ -51,28 +51,32 @@ def test_the_largest_that_fits_is_found() -> None:
             assert largest(lambda count, limit=limit: count <= limit, most) == limit
 
 
-def needed(recipe: Recipe, count: int) -> int:
-    recipe = build_recipe(recipe.to_dict(), [f"training.micro_batch={count}"])
+def needed(recipe: Recipe, *counts: int) -> list[int]:
+    """Bytes of plans with so many examples a forward."""
     planner, hand = open_planner(recipe, None)
-    return own_bytes(planner.plan(recipe, hand.workload(recipe, planner.dims)))
+    workload = hand.workload(recipe, planner.dims)
+    cut = [build_recipe(recipe.to_dict(), [f"training.micro_batch={count}"]) for count in counts]
+    return [own_bytes(planner.plan(each, workload)) for each in cut]
 
 
 def test_a_budget_of_memory_gives_each_method_the_largest_forward_that_plans_to_fit(suite: Any) -> None:
-    lora = suite().cells()[2].recipe
-    room = needed(lora, 4)
-    assert needed(lora, 5) > room
+    counts = range(1, 5)
+    found = needed(suite().cells()[2].recipe, *counts)
+    room = (found[0] + found[-1]) // 2
+    expected = max(count for count, num_bytes in zip(counts, found, strict=True) if num_bytes <= room)
+    assert found[0] < found[-1]
     own = suite(budget={"memory": f"{room / 2**20}MiB"}, exclude=[{"variant": "full"}])
-    ask, found = held_to_memory(own, own.cells())
+    ask, held = held_to_memory(own, own.cells())
     assert ask.recipe.training.micro_batch == "auto"
-    assert found.recipe.training.micro_batch == 4
-    assert found.recipe.training.batch_size == 8
-    assert found.name.endswith(found.recipe.digest[:8])
+    assert held.recipe.training.micro_batch == expected
+    assert held.recipe.training.batch_size == 4
+    assert held.name.endswith(held.recipe.digest[:8])
 
 
 def test_what_does_not_fit_with_one_example_is_named(suite: Any) -> None:
     lora, full = suite().cells()[2].recipe, suite().cells()[1].recipe
-    room = needed(lora, 1)
-    assert needed(full, 1) > room  # it holds gradients and moments of every weight
+    (room,), (more,) = needed(lora, 1), needed(full, 1)
+    assert more > room  # it holds gradients and moments of every weight
     own = suite(budget={"memory": f"{room / 2**20}MiB"})
     with pytest.raises(DoesNotFit, match="full: needs") as caught:
         held_to_memory(own, own.cells())

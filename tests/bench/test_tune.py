@@ -252,6 +252,6 @@ def test_a_tuned_suite_runs_in_processes_and_its_rows_say_so(
     assert row.tuned is not None
     assert row.tuned["chosen"] == study["best"]["values"]
     assert result.cell.recipe.training.learning_rate == row.tuned["chosen"][RATE]
-    assert "tuned: the best of 2 trials by validation accuracy" in (tmp_path / "report.md").read_text()
+    assert "Tuned (*): the best of 2 trials by validation accuracy" in (tmp_path / "report.md").read_text()
     for record in (tmp_path / "tuning").rglob("record.json"):
         assert "metrics" not in json.loads(record.read_text()) or not json.loads(record.read_text())["metrics"]
