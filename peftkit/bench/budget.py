@@ -19,7 +19,9 @@ class Budget(Section):
     tokens: PositiveInt | None = Field(None, description="Tokens trained on, without padding")
     seconds: PositiveInt | None = Field(None, description="Seconds of training steps; evaluation is not in it")
     memory: MemorySize | None = Field(
-        None, description="Such as 8GiB: each cell gets the largest training.micro_batch that plans to fit"
+        None,
+        description="Such as 8GiB: each cell gets the largest training.micro_batch that plans to fit, scoring with "
+        "evaluation.batch_tokens included",
     )
 
     @model_validator(mode="after")

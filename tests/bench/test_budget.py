@@ -26,6 +26,7 @@ def suite(tiny_llama: Path, talks_file: Path) -> Any:
             "task": "chat",
             "data": {"train": str(talks_file)},
             "training": {"batch_size": 4, "kernels": {"loss": False}},
+            "evaluation": {"batch_tokens": 1},  # scoring has its own forwards, and is planned too
         }
         variants = {"ask": {"method": "zero-shot"}, "full": {"method": "full"}, "lora": {}}
         return build_suite({"name": "s", "recipe": recipe, "variants": variants, **content})
