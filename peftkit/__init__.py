@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftkit.bench.suite import load_suite
     from peftkit.deploy.generate import generate
     from peftkit.deploy.merge import merge
+    from peftkit.deploy.proof import verify_models
     from peftkit.plan.answer import plan_recipe as plan
     from peftkit.recipe import Recipe, load_recipe
     from peftkit.record import RunRecord, read_record
@@ -37,6 +38,7 @@ __all__ = [
     "plan",
     "read_record",
     "train",
+    "verify_models",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "load_suite": "peftkit.bench.suite",
     "merge": "peftkit.deploy.merge",
     "read_record": "peftkit.record",
+    "verify_models": "peftkit.deploy.proof",
 }
 
 

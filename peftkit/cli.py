@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit import __version__, threads
 from peftkit.bench import verbs as harness
 from peftkit.deploy import harness_flags as lm_tasks
+from peftkit.deploy import proof_verbs as proofs
 from peftkit.deploy import use_verbs as uses
 from peftkit.deploy import verbs as adapters
 from peftkit.errors import DOES_NOT_FIT, InputError, PeftkitError, nearest
@@ -114,11 +115,7 @@ def build_parser() -> Parser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     generate.add_argument("--seed", type=int, default=0)
-    merge = verb("merge", "fold an adapter into its base, then prove that both answer alike")
-    merge.add_argument("reference", type=Path, metavar="RUN_OR_ADAPTER")
-    merge.add_argument("--out", type=Path, required=True)
-    merge.add_argument("--base", help="the base to fold into; default: the one the adapter was trained on")
-    merge.add_argument("--onto", choices=("dequantized", "original"), default="dequantized", help="for quantized bases")
+    proofs.add_flags(verb)
     adapters.add_flags(verb)
     uses.add_flags(verb)
     overridable(harness.add_flags(verb))
@@ -219,16 +216,10 @@ def _generate(options: argparse.Namespace) -> None:
     print(json.dumps({"prompt": options.prompt, "answer": text}) if options.json else text)
 
 
-def _merge(options: argparse.Namespace) -> None:
-    from peftkit.deploy.merge import merge
-    from peftkit.deploy.model_card import summarise
-
-    report = merge(options.reference, options.out, base=options.base, onto=options.onto, say=_tell)
-    if options.json:
-        print(json.dumps(report.model_dump(mode="json", exclude_none=True)))
-    else:
-        print("\n".join(summarise(report.verification, report.weights)))
-        print(f"merged model  {options.out}")
+def _proofs(options: argparse.Namespace) -> int:
+    answer = proofs.ANSWERS[options.verb](options, _tell)
+    print(json.dumps(answer.document) if options.json else "\n".join(answer.lines))
+    return answer.code
 
 
 def _adapters(options: argparse.Namespace) -> None:
@@ -335,7 +326,7 @@ VERBS = {
     "plan": _plan,
     "eval": _eval,
     "generate": _generate,
-    "merge": _merge,
+    **dict.fromkeys(proofs.ANSWERS, _proofs),
     **dict.fromkeys(adapters.ANSWERS, _adapters),
     **uses.VERBS,
     "bench": _bench,

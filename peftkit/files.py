@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -71,7 +73,8 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
 def staged_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
 
-    An existing `path` is replaced. Files in the folder are synced before the rename.
+    An existing `path` is replaced. Files in the folder are synced before the rename. What processes that were killed
+    have left beside `path` is removed first: their hold on it ended with them.
 
     Raises:
         OutputError: no space or no permission.
@@ -79,7 +82,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
+        _clear_stale(path)
+        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(path), dir=path.parent))
+        hold = os.open(staging, os.O_RDONLY)
+        fcntl.flock(hold, fcntl.LOCK_EX)
         try:
             yield staging
             for file in sorted(staging.rglob("*")):
@@ -97,6 +103,27 @@ def staged_folder(path: Path) -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            os.close(hold)
+
+
+def _staging_prefix(path: Path) -> str:
+    return f"{STAGING_PREFIX}{path.name}-"
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove staging folders of `path` that no living process holds."""
+    for stale in path.parent.glob(f"{glob.escape(_staging_prefix(path))}*"):
+        try:
+            hold = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+        except OSError:  # held: somebody is at work in it
+            pass
+        finally:
+            os.close(hold)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_missing_recipe_is_one_message(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_json_is_one_document_and_nothing_else(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    proving_here: None, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "run")
     assert main(["train", str(recipe_file), "--out", out, "--json"]) == 0
@@ -176,7 +176,7 @@ def test_json_is_one_document_and_nothing_else(
 
 
 def test_eval_of_run_and_merged_model_agree(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    proving_here: None, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
     assert main(["train", str(recipe_file), "--out", run]) == 0
@@ -190,7 +190,7 @@ def test_eval_of_run_and_merged_model_agree(
 
 
 def test_a_chat_run_generates_before_and_after_merging(
-    chat_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    proving_here: None, chat_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(chat_recipe("training.max_steps=2", "training.learning_rate=1e-2").to_yaml())

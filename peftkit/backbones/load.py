@@ -71,14 +71,14 @@ def load_backbone(
         set_dropout(config, dropout)
     tokenizer = load_tokenizer(spec)
     dtype = compute_dtype(spec, device)
-    arguments: dict[str, Any] = {"dtype": dtype, "config": _headed(config, head, tokenizer), "device_map": {"": device}}
+    arguments: dict[str, Any] = {"dtype": dtype, "config": headed(config, head, tokenizer), "device_map": {"": device}}
     arguments |= _reference(spec) | {"use_safetensors": None if spec.pickled_weights else True}
     if spec.attention != "auto":
         arguments["attn_implementation"] = spec.attention
     if spec.quantization != "none":
-        arguments["quantization_config"] = _quantization(spec, dims, dtype)
+        arguments["quantization_config"] = quantization_config(spec, dims, dtype)
     with _explained(spec), quietly():
-        model, report = _auto_class(head).from_pretrained(folder, **arguments, output_loading_info=True)
+        model, report = auto_class(head).from_pretrained(folder, **arguments, output_loading_info=True)
     fresh = [key for key in report["missing_keys"] if key.split(".")[0] not in dims.head_modules]
     if fresh:
         raise BackboneError(
@@ -90,10 +90,17 @@ def load_backbone(
     return Backbone(model=model, tokenizer=tokenizer, dims=dims, spec=spec, folder=folder, compute_dtype=dtype)
 
 
-def load_tokenizer(spec: BackboneSpec) -> Any:
-    """The tokenizer, with a padding token and padding on the right."""
+def load_tokenizer(spec: BackboneSpec, folder: Path | None = None) -> Any:
+    """The tokenizer, with a padding token and padding on the right.
+
+    Args:
+        folder: whose tokenizer to take instead of the backbone's own.
+    """
     with _explained(spec), quietly():
-        tokenizer = AutoTokenizer.from_pretrained(resolve(spec), **_reference(spec))
+        if folder is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(resolve(spec), **_reference(spec))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
@@ -161,7 +168,7 @@ def dims_of(spec: BackboneSpec, head: Head, config: Any = None) -> Dims:
 def build_skeleton(config: Any, head: Head) -> Any:
     """The model of a configuration on the meta device: every shape, no storage."""
     with torch.device("meta"), quietly():
-        return _auto_class(head).from_config(_headed(config, head, None))
+        return auto_class(head).from_config(headed(config, head, None))
 
 
 def compute_dtype(spec: BackboneSpec, device: str | torch.device) -> torch.dtype:
@@ -204,11 +211,11 @@ def weights_digest(folder: str) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
-def _auto_class(head: Head) -> Any:
+def auto_class(head: Head) -> Any:
     return AutoModelForCausalLM if head.kind == "language" else AutoModelForSequenceClassification
 
 
-def _headed(config: Any, head: Head, tokenizer: Any) -> Any:
+def headed(config: Any, head: Head, tokenizer: Any) -> Any:
     """A copy of the configuration that asks for the head."""
     config = type(config).from_dict(config.to_dict())
     if head.kind == "classification":
@@ -239,7 +246,8 @@ def set_dropout(config: Any, dropout: float) -> None:
             setattr(text, name, dropout)
 
 
-def _quantization(spec: BackboneSpec, dims: Dims, dtype: torch.dtype) -> Any:
+def quantization_config(spec: BackboneSpec, dims: Dims, dtype: torch.dtype) -> Any:
+    """What transformers is asked to quantize by."""
     from transformers import BitsAndBytesConfig
 
     skip = list(dims.head_modules) or None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
+from peftkit.deploy.shards import read_header
 from peftkit.errors import BackboneError, InputError, MethodError
 from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME
 from peftkit.recipe import Recipe, load_recipe
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from peftkit.backbones.load import Backbone
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+INSIDE = "base_model.model."
+"""What PEFT puts before the base's own names."""
+Onto = Literal["dequantized", "original", "requantized"]
+"""Which weights of a quantized base a merged model has: those that its codes stand for, those in its files, or codes
+again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def read_source(path: Path, base: str | None = None, *, foldable: bool = True) -
     adapter, run = locate(path)
     config = read_config(adapter)
     if config.is_prompt_learning and foldable:
-        raise _unfoldable(adapter, config, "it puts trained virtual tokens before the input, and changes no weight")
+        raise unfoldable(adapter, config, "it puts trained virtual tokens before the input, and changes no weight")
     recipe = load_recipe(run / RECIPE_NAME) if run else None
     identity = read_json(adapter / BASE_NAME)
     return Source(
@@ -129,8 +135,11 @@ def check_base(source: Source, backbone: Backbone) -> str:
     return "config" if there.get("config_digest") else "shapes"
 
 
-def attach(source: Source, backbone: Backbone) -> Any:
+def attach(source: Source, backbone: Backbone, *, config: Any = None) -> Any:
     """The adapter on its base, as a `PeftModel` ready to answer. The base's model is changed in place.
+
+    Args:
+        config: to read the adapter by, instead of its own.
 
     Raises:
         BackboneError: the adapter's tensors do not fit this base.
@@ -148,9 +157,13 @@ def attach(source: Source, backbone: Backbone) -> Any:
             f"{source.adapter} holds {len(broken)} tensors that are not finite, such as {broken[0]}: it diverged."
         )
     device = str(backbone.model.device)
+    rows = saved_vocabulary(source, backbone.model)
+    if rows is not None and rows != backbone.model.get_input_embeddings().weight.shape[0]:
+        with quietly():
+            backbone.model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         with quietly():
-            model = PeftModel.from_pretrained(backbone.model, str(source.adapter), torch_device=device)
+            model = PeftModel.from_pretrained(backbone.model, str(source.adapter), torch_device=device, config=config)
             needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
             known = set(get_peft_model_state_dict(model, save_embedding_layers=True))
     except (RuntimeError, ValueError, KeyError) as fault:
@@ -165,14 +178,42 @@ def attach(source: Source, backbone: Backbone) -> Any:
     return model.eval()
 
 
+def saved_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter's tensors, by the names in its file."""
+    return {name: entry.shape for name, entry in read_header(source.adapter / WEIGHTS_NAME).entries.items()}
+
+
+def saved_vocabulary(source: Source, model: Any) -> int | None:
+    """The rows of the input embedding that the adapter brings along; None where it brings none."""
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if module is embedding:
+            shapes = saved_shapes(source)
+            for kind in ("weight", "base_layer.weight"):
+                if f"{INSIDE}{name}.{kind}" in shapes:
+                    return shapes[f"{INSIDE}{name}.{kind}"][0]
+    return None
+
+
+def resized(source: Source, config: Any) -> Any:
+    """The base's configuration with the vocabulary that the adapter brings along."""
+    from peftkit.backbones.load import build_skeleton
+
+    rows = saved_vocabulary(source, build_skeleton(config, source.head))
+    if rows is None or rows == config.get_text_config().vocab_size:
+        return config
+    changed = type(config).from_dict(config.to_dict())
+    changed.get_text_config().vocab_size = rows
+    return changed
+
+
 def touched_modules(model: Any) -> frozenset[str]:
     """Paths, in the base's own names, of the modules that the adapter changes or replaces."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    inside = "base_model.model."
     return frozenset(
-        name.removeprefix(inside)
+        name.removeprefix(INSIDE)
         for name, module in model.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     )
@@ -189,15 +230,15 @@ def fold(source: Source, model: Any) -> torch.nn.Module:
     from peftkit.backbones.quiet import quietly
 
     if not isinstance(model.base_model, BaseTuner):
-        raise _unfoldable(source.adapter, source.config, "its layers are not changes of weights")
+        raise unfoldable(source.adapter, source.config, "its layers are not changes of weights")
     try:
         with quietly():
             merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as fault:
-        raise _unfoldable(source.adapter, source.config, f"peft says: {' '.join(str(fault).split())}") from fault
+        raise unfoldable(source.adapter, source.config, f"peft says: {' '.join(str(fault).split())}") from fault
     left = [name for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer)]
     if left:
-        raise _unfoldable(source.adapter, source.config, f"peft leaves {left[0]} as it is")
+        raise unfoldable(source.adapter, source.config, f"peft leaves {left[0]} as it is")
     return merged
 
 
@@ -252,14 +293,11 @@ def read_adapter_head(adapter: Path, config: Any) -> Head:
         return Head(written["kind"], tuple(written.get("labels") or ()), written.get("problem"))
     if config.task_type != "SEQ_CLS":
         return LANGUAGE_HEAD
-    from safetensors import safe_open
-
-    with safe_open(str(adapter / WEIGHTS_NAME), framework="pt") as file:
-        rows = [
-            file.get_slice(key).get_shape()[0]
-            for key in file.keys()  # noqa: SIM118  # not a mapping
-            if key.rsplit(".", 2)[-2:] in (["classifier", "weight"], ["score", "weight"], ["out_proj", "weight"])
-        ]
+    rows = [
+        entry.shape[0]
+        for key, entry in read_header(adapter / WEIGHTS_NAME).entries.items()
+        if key.rsplit(".", 2)[-2:] in (["classifier", "weight"], ["score", "weight"], ["out_proj", "weight"])
+    ]
     if len(rows) != 1:
         raise InputError(f"{adapter} is a classifier but its head's labels are unknown. Write {HEAD_NAME} beside it.")
     problem = "regression" if rows[0] == 1 else "single_label_classification"
@@ -290,7 +328,8 @@ def _misfit(source: Source, backbone: Backbone, reason: str) -> BackboneError:
     )
 
 
-def _unfoldable(adapter: Path, config: Any, reason: str) -> MethodError:
+def unfoldable(adapter: Path, config: Any, reason: str) -> MethodError:
+    """What to tell of a method that has no fold, and what to deploy instead."""
     return MethodError(
         f"a {config.peft_type.value} adapter cannot be folded into a model: {reason}. Deploy the base with the adapter "
         f"folder {adapter} on it: PeftModel.from_pretrained(base, {str(adapter)!r}). Engines that serve only LoRA, "

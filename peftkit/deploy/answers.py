@@ -6,8 +6,8 @@ Shapes: N scored positions, V outputs (the vocabulary, or a head's classes).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from peftkit.backbones.spec import Head
 from peftkit.data.batching import Batch, collate
 from peftkit.data.features import Features
 from peftkit.record import Part
+from peftkit.tasks.base import Prediction
 
 FORWARD_TOKENS = 4096
 POSITIONS = 2000
 """At most so many positions are scored."""
+LOGIT_BYTES = 2**29
+"""And so many that the logits of one side take no more than this."""
 
 
 class Difference(Part):
@@ -48,15 +51,21 @@ class Probes:
 
     Attributes:
         origin: where the prompts come from, in words.
+        prompts: [T] token ids that continuations are written to.
         positions: at most so many positions are scored.
-        metrics: the task's metrics of a model on test examples, name -> (value, n); None without test examples.
+        predict: the task's predictions of a model on test examples; None without such.
     """
 
     features: Sequence[Features]
     head: Head
     origin: str
+    prompts: Sequence[Sequence[int]] = ()
     positions: int = POSITIONS
-    metrics: Callable[[nn.Module], dict[str, tuple[float, int]]] | None = None
+    predict: Callable[[nn.Module], list[Prediction]] | None = None
+
+    def first(self, positions: int) -> Probes:
+        """The same questions, of which no more than so many positions are scored."""
+        return replace(self, positions=min(self.positions, positions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +74,34 @@ class Reference:
 
     Attributes:
         logits: [N, V] float32 in parts, one a forward.
-        effect: what the adapter adds to the bare base's logits, [N, V] bfloat16 in the same parts.
+        effect: what the adapter adds to the bare base's logits, [N, V] bfloat16 in the same parts; None for a model
+            that has no adapter.
         base: how far the bare base is from them.
     """
 
     probes: Probes
     logits: tuple[Tensor, ...]
-    effect: tuple[Tensor, ...]
-    base: Difference
-    metrics: dict[str, tuple[float, int]]
+    effect: tuple[Tensor, ...] | None = None
+    base: Difference | None = None
 
 
-def take_reference(adapted: Any, probes: Probes) -> Reference:
-    """The answers of `adapted`, a `PeftModel` in float32 arithmetic, and of its base with the adapter switched off."""
-    logits = tuple(answer(adapted, probes))
-    with adapted.disable_adapter():
-        bare = answer(adapted, probes)
+def take_reference(model: Any, probes: Probes) -> Reference:
+    """The answers of a model in float32 arithmetic; of a `PeftModel`, those of its base without the adapter as well."""
+    from peft import PeftModel
+
+    logits = tuple(answer(model, probes))
+    if not isinstance(model, PeftModel):
+        return Reference(probes, logits)
+    with model.disable_adapter():
+        bare = answer(model, probes)
     effect = tuple((ours - theirs).bfloat16() for ours, theirs in zip(logits, bare, strict=True))
-    base = _compare(logits, bare, effect, probes.head.problem, tie=0.0)
-    return Reference(probes, logits, effect, base, probes.metrics(adapted) if probes.metrics else {})
+    return Reference(probes, logits, effect, _compare(logits, bare, effect, probes.head.problem, tie=0.0))
 
 
 @torch.inference_mode()
 def answer(model: Any, probes: Probes) -> list[Tensor]:
     """Logits [N, V] in float32, in parts. Examples of one length share a forward, so that no padding enters."""
-    left = probes.positions
+    left = min(probes.positions, max(1, LOGIT_BYTES // (4 * _outputs(model, probes.head))))
     parts = []
     for batch in _batches(probes.features, model.device):
         if left <= 0:
@@ -101,16 +113,37 @@ def answer(model: Any, probes: Probes) -> list[Tensor]:
 
 def difference(reference: Reference, model: Any, *, tie: float = 0.0) -> Difference:
     """Compare another model's answers with the reference's; outputs whose logits differ by up to `tie` are tied."""
-    theirs = answer(model, reference.probes)
-    return _compare(reference.logits, theirs, reference.effect, reference.probes.head.problem, tie=tie)
+    return compare_answers(reference, answer(model, reference.probes), tie=tie)
+
+
+def compare_answers(reference: Reference, theirs: Iterable[Tensor], *, tie: float = 0.0) -> Difference:
+    """The same of answers that were had otherwise, from another engine: [N, V] in the reference's parts.
+
+    Fewer parts than the reference has compare its first ones.
+    """
+    parts = list(theirs)
+    count = len(parts)
+    effect = None if reference.effect is None else reference.effect[:count]
+    last = len(parts[-1]) if parts else 0
+    ours = [*reference.logits[: count - 1], *(part[:last] for part in reference.logits[count - 1 : count])]
+    if effect:
+        effect = (*effect[:-1], effect[-1][:last])
+    return _compare(ours, parts, effect, reference.probes.head.problem, tie=tie)
 
 
 def _compare(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], effect: Sequence[Tensor], problem: str | None, *, tie: float
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    effect: Sequence[Tensor] | None,
+    problem: str | None,
+    *,
+    tie: float,
 ) -> Difference:
     worst = square = kl = aligned = power = 0.0
     count = finite = entries = agreed = swapped = 0
-    for ours_NV, theirs_NV, effect_NV in zip(ours, theirs, effect, strict=True):
+    known = effect if effect is not None else [part.new_zeros(1, 1) for part in ours]
+    for ours_NV, theirs_NV, effect_NV in zip(ours, theirs, known, strict=True):
+        effect_NV = effect_NV.expand_as(ours_NV)
         fine_N = ours_NV.isfinite().all(-1) & theirs_NV.isfinite().all(-1) & effect_NV.isfinite().all(-1)
         count += len(fine_N)
         finite += int(fine_N.sum())
@@ -140,6 +173,11 @@ def _compare(
         swapped_ties=swapped if decisive else 0,
         gain=1 + aligned / power if power else None,
     )
+
+
+def _outputs(model: Any, head: Head) -> int:
+    """V."""
+    return head.num_outputs if head.kind == "classification" else int(model.config.get_text_config().vocab_size)
 
 
 def _batches(features: Sequence[Features], device: torch.device) -> list[Batch]:

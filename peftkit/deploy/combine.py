@@ -13,12 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from peftkit import __version__
+from peftkit.deploy.adapter import INSIDE
 from peftkit.deploy.beside import Beside, choose_beside
 from peftkit.deploy.exams import Exam, ScoreRow, cost, open_exams, score_adapter, seen_in_training
 from peftkit.deploy.mixing import How, Ingredient, Mix, Mixed, Space, highest_rank, mix
 from peftkit.deploy.parts import (
     DOWN,
-    INSIDE,
     UP,
     Adapter,
     check_same_base,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.packaged import PACKAGED
 from peftkit.deploy.answers import Difference
-from peftkit.deploy.verify import Verification
+from peftkit.deploy.verification import Verification
 
 if TYPE_CHECKING:
     from peftkit.deploy.adapter import Source
@@ -50,22 +50,35 @@ def render_card(source: Source, verification: Verification, *, onto: str | None)
 
 def summarise(verification: Verification, weights: Mapping[Any, Difference]) -> list[str]:
     """The proof as lines for a terminal; for a quantized base, how far each kind of merge is from what was trained."""
-    found, allowed = verification.difference.model_dump(), verification.tolerance.model_dump()
-    lines = [f"read back from disk, against the adapter on {verification.prompts}, {found['positions']} positions"]
-    lines += [
-        f"{name:<28}{found[key]:>10{form}}   allowed {allowed[key]:{form}}"
-        for name, key, form in PROOF_ROWS
-        if found[key] is not None
-    ]
-    lines += [
-        f"{name:<28}{pair.merged:>10.4f}   adapter {pair.adapter:.4f}   n={pair.n}"
-        for name, pair in verification.metrics.items()
-    ]
+    lines = [] if verification.difference is None else _measured(verification)
     lines += [
         f"{'onto ' + kind + ' weights':<28}{other.top1_agreement:>10.2%}   KL {other.mean_kl:.3g} to what was trained"
         for kind, other in weights.items()
         if other.top1_agreement is not None and other.mean_kl is not None
     ]
+    return lines
+
+
+def _measured(verification: Verification) -> list[str]:
+    found = verification.difference.model_dump() if verification.difference else {}
+    allowed = verification.tolerance.model_dump() if verification.tolerance else {}
+    lines = [f"read back from disk, on {verification.prompts}, {found['positions']} positions"]
+    lines += [
+        f"{name:<28}{found[key]:>10{form}}   allowed {allowed[key]:{form}}"
+        for name, key, form in PROOF_ROWS
+        if found[key] is not None
+    ]
+    written = verification.continuations
+    if written is not None:
+        tied = f", {written.tied} more part at a tie" if written.tied else ""
+        lines.append(f"{'identical continuations':<28}{f'{written.identical} of {written.prompts}':>10}{tied}")
+    if verification.compared_tensors:
+        changed = f"{verification.changed_tensors} of {verification.compared_tensors}"
+        lines.append(f"{'tensors changed':<28}{changed:>10}")
+    for name, pair in verification.metrics.items():
+        known = pair.low is not None and pair.high is not None
+        interval = f"   difference [{pair.low:+.4f}, {pair.high:+.4f}]" if known else ""
+        lines.append(f"{name:<28}{pair.merged:>10.4f}   adapter {pair.adapter:.4f}   n={pair.n}{interval}")
     return lines
 
 
@@ -126,8 +139,11 @@ def _scores(source: Source) -> str:
 
 
 def _proof(verification: Verification) -> str:
+    if verification.difference is None or verification.tolerance is None:
+        return ""
     found = verification.difference.model_dump()
     bound = verification.tolerance.model_dump()
+    written = verification.continuations
     lines = [
         "## Proof of the merge",
         "",
@@ -141,6 +157,7 @@ def _proof(verification: Verification) -> str:
             for name, key, form in PROOF_ROWS
             if found[key] is not None
         ),
+        *([f"| identical greedy continuations | {written.identical} of {written.prompts} | |"] if written else []),
         *(
             f"| {_escaped(name)}, adapter and merged | {pair.adapter:.4g} | {pair.merged:.4g} |"
             for name, pair in verification.metrics.items()

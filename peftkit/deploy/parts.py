@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkit.backbones.spec import Head
 from peftkit.cache import file_sha256
-from peftkit.deploy.adapter import WEIGHTS_NAME, locate, read_adapter_head, read_config, read_json
+from peftkit.deploy.adapter import INSIDE, WEIGHTS_NAME, locate, read_adapter_head, read_config, read_json
 from peftkit.deploy.lowrank import Factors
 from peftkit.errors import BackboneError, InputError, MethodError, OutputError
 from peftkit.files import write_json
@@ -21,7 +21,6 @@ from peftkit.folder import BASE_NAME, HEAD_NAME, RECIPE_NAME
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.record import RECORD_NAME, RunRecord, read_record
 
-INSIDE = "base_model.model."
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

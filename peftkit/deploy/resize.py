@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from peftkit import __version__
+from peftkit.deploy.adapter import INSIDE
 from peftkit.deploy.exams import ScoreRow, open_exams, score_adapter
 from peftkit.deploy.lowrank import Factors, distance, nearest, norm, root_sum_square
-from peftkit.deploy.parts import DOWN, INSIDE, MAGNITUDE, UP, Adapter, read_adapter, require_free, write_adapter
+from peftkit.deploy.parts import DOWN, MAGNITUDE, UP, Adapter, read_adapter, require_free, write_adapter
 from peftkit.errors import MethodError
 from peftkit.files import staged_folder, write_json
 from peftkit.recipe import Recipe

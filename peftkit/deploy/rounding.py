@@ -9,16 +9,22 @@ the noise is that of any rounding, and the delta survives in the sum.
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftkit.backbones.spec import Quantization
+
 KEPT_SHARE = 0.02
 """How far from 1 the share of the delta that survives rounding to nearest may be."""
 SEED = 1502_02551
 """Of the dither. Not one that models are initialised with: the same stream would make the two depend on each other."""
+CHUNK = 2**18
+"""Numbers rounded at a time: few enough to stay in a core's cache from one pass over them to the next."""
 
 
 def dequantize(model: nn.Module) -> dict[str, Tensor]:
@@ -31,14 +37,45 @@ def dequantize(model: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            narrow, state.dtype = state.dtype, torch.float32
-            weights[path] = bnb.functional.dequantize_4bit(module.weight.data, state)
-            state.dtype = narrow
+            weights[path] = _dequantize_nf4(module.weight)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
             weights[path] = bnb.functional.int8_vectorwise_dequant(module.weight.data, scale).float()
     return weights
+
+
+def through_codes(weight: Tensor, quantization: Quantization) -> Tensor:
+    """What a weight [O, I] in its dtype stands for, in float32, once a quantized layer has taken it as loading does."""
+    import bitsandbytes as bnb
+
+    if quantization == "nf4":
+        return _dequantize_nf4(
+            bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+        )
+    if quantization == "int8":
+        held = bnb.nn.Int8Params(weight, requires_grad=False).to("cpu")
+        dense: Tensor = bnb.functional.int8_vectorwise_dequant(held.CB, held.SCB).float()
+        return dense
+    return weight.float()
+
+
+def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
+    """A weight [O, I] in NF4, as the tensors by which transformers stores a quantized layer."""
+    import bitsandbytes as bnb
+
+    held = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    state = held.quant_state.as_dict(packed=True)
+    return {name: held.data, **{f"{name}.{key}": tensor for key, tensor in state.items()}}
+
+
+def _dequantize_nf4(weight: Any) -> Tensor:
+    import bitsandbytes as bnb
+
+    state = weight.quant_state
+    narrow, state.dtype = state.dtype, torch.float32
+    dense: Tensor = bnb.functional.dequantize_4bit(weight.data, state)
+    state.dtype = narrow
+    return dense
 
 
 def to_float32(model: Any) -> Any:
@@ -67,31 +104,52 @@ def round_parameters(model: nn.Module, dtype: torch.dtype, base: Mapping[str, Te
     Args:
         base: `snapshot` of the weights before the fold.
     """
-    generator = torch.Generator().manual_seed(SEED)
     dithered = 0
     for name, parameter in model.named_parameters():
-        nearest = parameter.data.to(dtype)
-        if name in base and _loses_delta(parameter.data, nearest, base[name]):
-            nearest = round_stochastically(parameter.data, dtype, generator)
-            dithered += 1
-        parameter.data = nearest
+        parameter.data, dither = round_once(parameter.data, dtype, base.get(name), name)
+        dithered += dither
     return dithered
+
+
+def round_once(exact: Tensor, dtype: torch.dtype, base: Tensor | None, name: str) -> tuple[Tensor, bool]:
+    """`exact`, float32, in `dtype`; and whether it was rounded stochastically because its delta would be lost.
+
+    Args:
+        base: what it was before the fold, where that lies on the grid of a narrow `dtype`; else None.
+        name: of the parameter; its dither depends on nothing else, in whatever order parameters come.
+    """
+    nearest = torch.empty(exact.shape, dtype=dtype, device=exact.device)
+    kept = power = 0.0
+    flat = exact.reshape(-1)
+    for at in range(0, flat.numel(), CHUNK):
+        part = flat[at : at + CHUNK]
+        rounded = part.to(dtype)
+        nearest.view(-1)[at : at + CHUNK] = rounded
+        if base is not None:
+            before = base.reshape(-1)[at : at + CHUNK].float()
+            delta = part - before
+            power += float(delta.dot(delta))
+            kept += float((rounded.float() - before).dot(delta))
+    if power == 0.0 or not math.isfinite(power) or abs(kept / power - 1) <= KEPT_SHARE:
+        return nearest, False
+    generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
+    for at in range(0, flat.numel(), CHUNK):
+        nearest.view(-1)[at : at + CHUNK] = round_stochastically(flat[at : at + CHUNK], dtype, generator)
+    return nearest, True
 
 
 def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round float32 to `dtype`, to either neighbour, with mean `exact`; what `dtype` holds exactly stays."""
+    if dtype == torch.bfloat16:  # the upper half of a float32: add noise below, then cut
+        noise = torch.randint(0, 2**16, exact.shape, generator=generator, dtype=torch.int32).to(exact.device)
+        return ((exact.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(dtype)
     nearest = exact.to(dtype)
-    limits = torch.finfo(dtype)
-    spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
-    spacing = spacing.clamp(min=limits.smallest_normal * limits.eps)
     shift = torch.rand(exact.shape, generator=generator).to(exact.device) - 0.5
-    return torch.where(nearest.float() == exact, nearest, (exact + shift * spacing).to(dtype))
+    return torch.where(nearest.float() == exact, nearest, (exact + shift * spacing(exact, dtype)).to(dtype))
 
 
-def _loses_delta(exact: Tensor, nearest: Tensor, base: Tensor) -> bool:
-    delta = exact - base.float()
-    power = float(delta.square().sum())
-    if power == 0.0 or not bool(delta.isfinite().all()):
-        return False
-    kept = float(((nearest.float() - base.float()) * delta).sum()) / power
-    return abs(kept - 1) > KEPT_SHARE
+def spacing(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far apart the neighbours of each number are in `dtype`."""
+    limits = torch.finfo(dtype)
+    steps = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
+    return steps.clamp(min=limits.smallest_normal * limits.eps)

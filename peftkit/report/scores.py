@@ -157,7 +157,7 @@ def _read(path: Path, changed_ns: int, size: int) -> RunScores:
         # a label's probabilities are most of the file, and no score reads them
         bare = re.sub(r'"scores": \[[^\]]*\](, )?', "", text).replace(", }", "}").replace("\n", ",")
         rows = sorted(json.loads(f"[{bare}]"), key=lambda row: int(row["row"]))
-        return _understood(rows, num_labels=len(first.get("scores", ())))
+        return scores_of(rows, num_labels=len(first.get("scores", ())))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
         raise InputError(f"{path} holds no predictions that can be compared ({fault}). Score the run again.") from fault
 
@@ -178,7 +178,8 @@ def resamples_over_runs(runs: Sequence[RunScores], metric: str) -> Floats | None
     return np.asarray(np.mean([run.scores[metric].resamples() for run in runs], axis=0))
 
 
-def _understood(rows: list[dict[str, Any]], *, num_labels: int) -> RunScores:
+def scores_of(rows: list[dict[str, Any]], *, num_labels: int) -> RunScores:
+    """The scores of predictions, in the order of their rows."""
     import numpy as np
 
     def column(name: str, kind: type = np.int64) -> npt.NDArray[Any]:

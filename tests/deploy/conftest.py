@@ -14,6 +14,12 @@ from peftkit.backbones.load import base_identity, load_backbone
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
 from peftkit.files import write_json
 
+
+@pytest.fixture(autouse=True)
+def proven_here(proving_here: None) -> None:
+    """No merge of these tests starts a process; `test_proof` asks for one by itself."""
+
+
 PROMPT = torch.tensor([[5, 17, 300, 42, 7, 99]])
 
 
