@@ -91,7 +91,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
             for file in sorted(staging.rglob("*")):
                 if file.is_file():
                     file.chmod(0o644)
-                    _sync_file(file)
+                    sync_file(file)
             staging.chmod(0o755)
             if path.exists():
                 retired = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
@@ -135,7 +135,8 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from peftkit.deploy.hollow import Hollow, open_hollow
 from peftkit.deploy.rounding import quantize, round_once
 from peftkit.deploy.shards import ShardWriter
 from peftkit.deploy.weights import INDEX, WEIGHTS, NotByTensor, Place
-from peftkit.files import write_json
+from peftkit.files import sync_file, write_json
 
 Say = Callable[[str], None]
 Kind = tuple[torch.dtype, tuple[int, ...]]
@@ -101,7 +102,8 @@ class _Fold:
         wrapper: Any = self.roots[root]
         saved = isinstance(wrapper, ModulesToSaveWrapper) and wrapper.active_adapters
         inside = wrapper.modules_to_save[wrapper.active_adapter] if saved else wrapper
-        with self.hollow.filled(inside), torch.no_grad():
+        grid: dict[str, Tensor] = {}
+        with self.hollow.filled(inside, grid), torch.no_grad():
             try:
                 with quietly():
                     plain = fold_module(wrapper)
@@ -109,16 +111,16 @@ class _Fold:
                 told = f"peft says of {root}: {' '.join(str(fault).split())}"
                 raise unfoldable(self.source.adapter, self.source.config, told) from fault
             for name, tensor in _tensors(plain, root):
-                self.pending[name] = self._rounded(name, tensor.detach())
+                self.pending[name] = self._rounded(name, tensor.detach(), grid.get(name))
         self.done.add(root)
 
-    def _rounded(self, name: str, exact: Tensor) -> Tensor:
+    def _rounded(self, name: str, exact: Tensor, base: Tensor | None = None) -> Tensor:
         if not exact.is_floating_point():
             return exact.clone()
         dtype = self.hollow.dtype
-        stored = self.hollow.stored_name(name)
-        on_grid = dtype != torch.float32 and name not in self.hollow.codes and stored is not None
-        base = self.hollow.files.places[stored].read().to(dtype) if stored is not None and on_grid else None
+        narrow = dtype != torch.float32 and name not in self.hollow.codes
+        if base is None and narrow and self.hollow.stored_name(name) is not None:
+            base = self.hollow.held(name)
         fits = base if base is not None and base.shape == exact.shape else None
         rounded, dithered = round_once(exact.float(), dtype, fits, name)
         self.dithered += dithered
@@ -145,11 +147,16 @@ def fold_by_tensor(source: Source, folder: Path, *, onto: Onto, say: Say) -> Fol
     stored, untied = _names_to_store(fold)
     layout = _layout(hollow, stored)
     digests, places = dict[str, str](), dict[str, str]()
-    for index, (file, names) in enumerate(layout.items(), 1):
-        say(f"folding {file} ({index} of {len(layout)})")
-        write_shard = _write_codes if fold.requantize else _write_shard
-        digests[file], keys = write_shard(fold, folder / file, names)
-        places |= dict.fromkeys(keys, file)
+    with ThreadPoolExecutor(1) as flusher:  # the disk takes one file while the next is folded
+        flushed = []
+        for index, (file, names) in enumerate(layout.items(), 1):
+            say(f"folding {file} ({index} of {len(layout)})")
+            write_shard = _write_codes if fold.requantize else _write_shard
+            digests[file], keys = write_shard(fold, folder / file, names)
+            places |= dict.fromkeys(keys, file)
+            flushed.append(flusher.submit(sync_file, folder / file))
+        for each in flushed:
+            each.result()
     assert not fold.pending, f"{list(fold.pending)[:3]} were folded and not stored"
     num_bytes = sum((folder / file).stat().st_size for file in digests)
     if len(layout) > 1:

@@ -67,13 +67,24 @@ class Hollow:
         Raises:
             NotByTensor: the files do not have it.
         """
+        return self.widened(name, self.held(name))
+
+    def held(self, name: str) -> Tensor:
+        """A tensor of the base in the dtype that it is held in.
+
+        Raises:
+            NotByTensor: the files do not have it.
+        """
         stored = self.stored_name(name)
         if stored is None:
             raise NotByTensor(f"{self.files.folder} lacks {name}")
         found = self.files.places[stored].read()
-        if not found.is_floating_point():
-            return found
-        held = found.to(self.dtype)
+        return found.to(self.dtype) if found.is_floating_point() else found
+
+    def widened(self, name: str, held: Tensor) -> Tensor:
+        """What such a tensor stands for, in float32."""
+        if not held.is_floating_point():
+            return held
         if name not in self.codes:
             return held.float()
         if name in self.transposed:
@@ -101,8 +112,12 @@ class Hollow:
         return names
 
     @contextmanager
-    def filled(self, module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-        """Give the weights of the base to everything inside `module`; yields them by name. They are gone afterwards."""
+    def filled(self, module: nn.Module, grid: dict[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
+        """Give the weights of the base to everything inside `module`; yields them by name. They are gone afterwards.
+
+        Args:
+            grid: gets the weights that lie on the grid of a narrow dtype, in that dtype.
+        """
         held: dict[str, nn.Parameter] = {}
         before: dict[str, Tensor] = {}
         for parameter in module.parameters():
@@ -110,7 +125,10 @@ class Hollow:
             if name is None or not (name in self.given or self.stored_name(name)):
                 continue
             held[name], before[name] = parameter, parameter.data
-            parameter.data = parameter.data.clone() if name in self.given else self.read(name)
+            narrow = parameter.data.clone() if name in self.given else self.held(name)
+            parameter.data = self.widened(name, narrow)
+            if grid is not None and narrow.dtype != torch.float32 and name not in self.codes:
+                grid[name] = narrow
         if self.start is not None:
             self._rewrite(module)
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS = 4
 """Prompts that continuations are written to."""
-FIXED_ROWS, FIXED_TOKENS = 16, 128
+FIXED_ROWS, FIXED_TOKENS = 8, 48
 """Of the inputs that a model is asked when each forward reads it from disk."""
 TEXTS = (
     "The capital of France is Paris, and the river that runs through it is called the Seine.",

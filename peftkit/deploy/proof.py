@@ -50,6 +50,8 @@ def verify_models(
         InputError: the reference, or the recipe, cannot be used. What is wrong with the candidate is a failure.
         OutOfMemory: the process was killed.
     """
+    if not Path(candidate).is_dir():
+        raise InputError(f"{candidate} is no folder. Give a merged model, a run or an adapter.")
     if digests is None:
         digests = recorded_digests(Path(candidate))
     question = Question(

@@ -26,7 +26,7 @@ from peftkit.deploy.sides import Side, open_side
 from peftkit.deploy.streamed import examine_streamed
 from peftkit.deploy.texts import text_faults
 from peftkit.deploy.verification import Proof, Question, Say, refuse
-from peftkit.errors import BackboneError, InputError
+from peftkit.errors import BackboneError
 
 if TYPE_CHECKING:
     from peftkit.backbones.dims import Dims
@@ -45,8 +45,6 @@ def examine(question: Question, say: Say = lambda text: None) -> Proof:
     from peftkit.recipe import load_recipe
 
     side, folder = open_side(question.reference, question.base), Path(question.candidate)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder. Give a merged model, a run or an adapter.")
     recipe = load_recipe(Path(question.on)) if question.on else side.recipe
     dims, tokenizer = side.dims(), side.tokenizer()
     probes = make_probes(recipe, side.head, tokenizer, dims, question.max_examples)
