@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__, threads
 from peftkit.bench import verbs as harness
+from peftkit.deploy import export_verbs as exports
 from peftkit.deploy import harness_flags as lm_tasks
 from peftkit.deploy import proof_verbs as proofs
 from peftkit.deploy import use_verbs as uses
@@ -117,6 +118,7 @@ def build_parser() -> Parser:
     generate.add_argument("--seed", type=int, default=0)
     proofs.add_flags(verb)
     adapters.add_flags(verb)
+    exports.add_flags(verb)
     uses.add_flags(verb)
     overridable(harness.add_flags(verb))
     finished.add_flags(verb)
@@ -158,10 +160,7 @@ def _plan(options: argparse.Namespace) -> int:
     alone = "peer" if options.trainer == "peer" else "plan"
     asked = next((name for name in ("fit", "compare", "models") if getattr(options, name)), alone)
     found = door.answer(asked, load_recipe(options.recipe, options.overrides), options.gpu)
-    if options.json:
-        print(json.dumps(found.document))
-    else:
-        _console().print(found.shown)
+    _print_answer(options, found.document, found.shown)
     if options.plot is not None:
         from peftkit.plan.answer import draw
 
@@ -223,11 +222,18 @@ def _proofs(options: argparse.Namespace) -> int:
 
 
 def _adapters(options: argparse.Namespace) -> None:
-    document, shown = adapters.ANSWERS[options.verb](options, _tell)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        _console().print(shown)
+    _print_answer(options, *adapters.ANSWERS[options.verb](options, _tell))
+
+
+def _export(options: argparse.Namespace) -> int:
+    document, text, code = exports.answer_export(options, _tell)
+    print(json.dumps(document) if options.json else text)
+    return code
+
+
+def _print_answer(options: argparse.Namespace, document: dict[str, Any], shown: Any) -> None:
+    show: Any = print if options.json else _console().print
+    show(json.dumps(document) if options.json else shown)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -280,10 +286,7 @@ def _doctor(options: argparse.Namespace) -> None:
     from peftkit.doctor import examine, render, to_document
 
     report = examine()
-    if options.json:
-        print(json.dumps(to_document(report)))
-    else:
-        _console().print(render(report))
+    _print_answer(options, to_document(report), render(report))
 
 
 def _print_run(record: RunRecord, out: Path) -> None:
@@ -328,6 +331,7 @@ VERBS = {
     "generate": _generate,
     **dict.fromkeys(proofs.ANSWERS, _proofs),
     **dict.fromkeys(adapters.ANSWERS, _adapters),
+    "export": _export,
     **uses.VERBS,
     "bench": _bench,
     **dict.fromkeys(finished.ANSWERS, _finished),

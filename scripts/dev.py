@@ -21,7 +21,7 @@ OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 STAMP, UNFINISHED = "peftkit-stamp.json", "peftkit-unfinished.json"
 
-TESTED = ("dev", "ray", "serve", "trackers")
+TESTED = ("dev", "export", "ray", "serve", "trackers")
 EXTRAS = {"demo": (), "test": TESTED, "check": TESTED, "env": TESTED}
 SETTINGS = {"TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}

@@ -198,7 +198,9 @@ def test_constraints_pin_everything_that_pyproject_asks_for() -> None:
     pinned = {canonical(pin.name): str(pin.specifier) for pin in pins}
     assert all(re.fullmatch(r"==[\w.]+", exact) for exact in pinned.values()), "exact versions, without local parts"
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["dev"], *extras["trackers"]]]
+    wanted = [
+        Requirement(text) for text in [*project["dependencies"], *extras["dev"], *extras["export"], *extras["trackers"]]
+    ]
     for requirement in wanted:
         if requirement.name != "pip":  # an environment's own pip is as good as any
             version = pinned[canonical(requirement.name)].removeprefix("==")
