@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -84,8 +84,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_stale(path)
         staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(path), dir=path.parent))
-        hold = os.open(staging, os.O_RDONLY)
-        fcntl.flock(hold, fcntl.LOCK_EX)
+        hold = _hold(staging)
         try:
             yield staging
             for file in sorted(staging.rglob("*")):
@@ -103,7 +102,8 @@ def staged_folder(path: Path) -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            os.close(hold)
+            if hold is not None:
+                os.close(hold)
 
 
 def _staging_prefix(path: Path) -> str:
@@ -113,17 +113,29 @@ def _staging_prefix(path: Path) -> str:
 def _clear_stale(path: Path) -> None:
     """Remove staging folders of `path` that no living process holds."""
     for stale in path.parent.glob(f"{glob.escape(_staging_prefix(path))}*"):
-        try:
-            hold = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold = _hold(stale)
+        if hold is not None:
             shutil.rmtree(stale, ignore_errors=True)
-        except OSError:  # held: somebody is at work in it
-            pass
-        finally:
             os.close(hold)
+
+
+def _hold(folder: Path) -> int | None:
+    """A handle that holds a folder until it is closed, or this process has ended; None where another process holds it,
+    it is gone, or the system knows no such hold."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        hold = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(hold)
+        return None
+    return hold
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from peftkit.record import RunRecord
+from peftkit.report.rows import BESIDE_SCORES
 
 LOG_NAME = "log.jsonl"
 MOST_POINTS = 200
@@ -30,7 +31,7 @@ def cell_curves(folder: Path, record: RunRecord) -> dict[str, Any]:
         }
     if history:
         kept = [group[-1] for group in _groups(history)]
-        names = [name for name in kept[0] if name not in ("step", "epoch", "train_seconds")]
+        names = [name for name in kept[0] if name not in BESIDE_SCORES]
         curves["validation"] = {"step": [line["step"] for line in kept]} | {
             name: [rounded(line[name]) if _finite(line.get(name)) else None for line in kept] for name in names
         }

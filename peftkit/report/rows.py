@@ -20,6 +20,8 @@ CELLS_FOLDER = "cells"
 Basis = Literal["seeds and examples", "seeds", "examples", "nothing"]
 """What an interval is over."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
+BESIDE_SCORES = frozenset({"step", "epoch", "train_seconds"})
+"""What a line of a record's history says besides the loss and the metrics."""
 SERVED = ("adapter", "merged", "base")
 """The ways in which a run's inference may have been measured."""
 
@@ -79,21 +81,16 @@ class CellRow:
         return found | dict(self.outside.measured) if self.outside is not None else found
 
     def target_seconds(self) -> float | None:
-        """Seconds of training steps until a validation score reached the target: its steps' share of all of them.
-
-        None without a target, a history or a time, and where the target was not reached.
-        """
+        """Seconds of training steps until a validation score reached the target; None where none did, or has a time."""
         history = [] if self.record is None else self.record.history
-        seconds = _number(self.content(), "throughput", "train_seconds")
-        if self.target is None or self.record is None or not history or seconds is None:
+        if self.target is None or self.record is None or not history:
             return None
-        names = [name for name in history[-1] if name not in ("step", "epoch", "loss")] or ["loss"]
+        names = [name for name in history[-1] if name not in BESIDE_SCORES and name != "loss"] or ["loss"]
         name = _asked(self.record, names)
         sign = -1 if name in LOWER_IS_BETTER else 1
-        scores = ((line["step"], _number(line, name)) for line in history)
-        reached = (step for step, score in scores if score is not None and sign * score >= sign * self.target)
-        step = next(reached, None)
-        return None if step is None else seconds * step / history[-1]["step"]
+        scored = ((line, _number(line, name)) for line in history)
+        reached = (line for line, score in scored if score is not None and sign * score >= sign * self.target)
+        return _number(next(reached, {}), "train_seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from kill_bench import SUITE, differences, disturb
 
 
 @pytest.mark.slow
-def test_killed_three_times_a_suite_ends_with_the_results_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_killed_twice_a_suite_ends_with_the_results_of_an_undisturbed_one(tmp_path: Path) -> None:
     suite = SUITE | {"variants": {"lora": {}}, "seeds": [0]}
-    found = disturb(suite, tmp_path, kills=3, seed=29, say=print)
+    found = disturb(suite, tmp_path, kills=2, seed=29, say=print)
     assert not found["faults"]
-    assert sum(found["killed"].values()) == 3
+    assert sum(found["killed"].values()) == 2
     # the comparison is not blind: a changed answer and a torn file are seen
     (cell,) = (tmp_path / "calm" / "cells").glob("*/")
     predictions = cell / "predictions.jsonl"

@@ -76,16 +76,20 @@ def suite(folder: Path, record: RunRecord, target: float) -> CellRow:
     return found
 
 
-def test_the_time_to_a_target_is_the_share_of_the_steps_until_it_was_reached(tmp_path: Path) -> None:
+def test_the_time_to_a_target_is_that_of_the_first_scoring_that_reached_it(tmp_path: Path) -> None:
     history = [
-        {"step": step, "epoch": step / 10, "loss": 0.5, "accuracy": a} for step, a in ((10, 0.6), (20, 0.7), (30, 0.65))
+        {"step": step, "epoch": step / 10, "train_seconds": 2.5 * step, "loss": 0.5, "accuracy": accuracy}
+        for step, accuracy in ((10, 0.6), (20, 0.7), (30, 0.75))
     ]
     run = trained(0.8).model_copy(update={"history": history})
-    # 75 s of training steps, 20 of 30 steps
     assert suite(tmp_path / "reached", run, 0.7).target_seconds() == pytest.approx(50)
     assert suite(tmp_path / "missed", run, 0.9).target_seconds() is None
-    losses = run.model_copy(update={"history": [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0}]})
-    assert suite(tmp_path / "loss", losses, 1.5).target_seconds() == pytest.approx(75)
+    losses = run.model_copy(
+        update={"history": [{"step": s, "train_seconds": 9.0 * s, "loss": 3.0 - s} for s in (1, 2)]}
+    )
+    assert suite(tmp_path / "loss", losses, 1.5).target_seconds() == pytest.approx(18)
+    untimed = run.model_copy(update={"history": [{"step": 1, "accuracy": 0.9}]})
+    assert suite(tmp_path / "untimed", untimed, 0.7).target_seconds() is None
     assert "| to target |" in render_markdown([suite(tmp_path / "shown", run, 0.7)])
 
 
