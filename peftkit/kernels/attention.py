@@ -26,8 +26,9 @@ from peftkit.kernels.segments import Group, Segments
 
 PRODUCTS: Final = "peftkit"
 FUSED: Final = "peftkit-fused"
-LONGEST_PRODUCT: Final = 512
-"""Longest example whose scores are a whole matrix, 1 MiB of float32 a head; above it torch's fused kind holds less."""
+LONGEST_PRODUCT = 128
+"""Longest example that products are taken for. Above it torch's fused kind is faster (`benchmarks/attention_kinds.py`),
+and it holds no matrix of scores."""
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -88,11 +89,25 @@ def attend(
     if plain and narrow:
         return _by_varlen(query, key, value, segments, terms), None
     fits = max(segments.lengths) <= (sliding_window or max(segments.lengths))
-    if plain and fits and (not products or max(segments.lengths) > LONGEST_PRODUCT):
+    fused = _num_fused(segments, products=products) if plain and fits else 0
+    if fused == len(segments.groups):
         return _by_groups(query, key, value, segments, terms), None
+    if fused:
+        long, short = segments.split(fused)
+        rows = [sum(long.lengths), sum(short.lengths)]
+        (q, *qs), (k, *ks), (v, *vs) = (states.split(rows, 2) for states in (query, key, value))
+        parts = [_by_groups(q, k, v, long, terms), apply(_Products, *qs, *ks, *vs, None, None, short, terms, dropout)]
+        return torch.cat(parts, 1), None
     keys, values = (None, None) if front is None else (front[0].to(key.dtype), front[1].to(value.dtype))
     out: Tensor = apply(_Products, query, key, value, keys, values, segments, terms, dropout)
     return out, None
+
+
+def _num_fused(segments: Segments, *, products: bool) -> int:
+    """How many groups, from the first on, torch's fused kind is faster for; packed batches begin with the longest."""
+    groups = segments.groups
+    short = (index for index, group in enumerate(groups) if products and group.longest <= LONGEST_PRODUCT)
+    return next(short, len(groups))
 
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms: _Terms) -> Tensor:

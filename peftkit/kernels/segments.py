@@ -90,6 +90,13 @@ class Segments:
         ranges = [np.arange(first, first + length) for length in self.lengths]
         return torch.from_numpy(np.concatenate(ranges))[None].to(self.bounds.device)
 
+    def split(self, groups: int) -> tuple[Segments, Segments]:
+        """The examples of so many groups from the first on, and the others, each counted from its own first row."""
+        row, count = self.groups[groups].start, sum(group.examples for group in self.groups[:groups])
+        moved = (replace(group, start=group.start - row, stop=group.stop - row) for group in self.groups[groups:])
+        first = Segments(self.lengths[:count], self.bounds[: count + 1], self.groups[:groups])
+        return first, Segments(self.lengths[count:], self.bounds[count:] - row, tuple(moved))
+
     def to(self, device: torch.device) -> Segments:
         """The same segments with their tensors on another device."""
         return Segments(self.lengths, self.bounds.to(device), tuple(group.to(device) for group in self.groups))

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from peftkit.data.batching import pack, packs
 from peftkit.data.features import IGNORED, Features
+from peftkit.kernels import attention
 from peftkit.kernels.attention import _Products, _Terms, packed_attention
 from peftkit.kernels.layouts import DECODERS, ENCODERS
 from peftkit.kernels.packed import packing_trouble, real_rows, run_packed
@@ -62,9 +63,12 @@ def assert_same_gradients(model: torch.nn.Module, wanted: dict[str, Tensor]) -> 
         assert (found[name] - gradient).abs().max() <= ROUNDING * max(1.0, float(gradient.abs().max())), name
 
 
-@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize(("products", "longest"), [(True, 9), (True, 6), (False, 9)], ids=["products", "both", "fused"])
 @pytest.mark.parametrize("kind", sorted(DECODERS))
-def test_a_decoder_packed_equals_each_example_alone(kind: str, products: bool) -> None:
+def test_a_decoder_packed_equals_each_example_alone(
+    kind: str, products: bool, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONGEST_PRODUCT", longest)
     window = {"sliding_window": 4} if kind in WINDOWED else {}
     config = tiny(kind, num_key_value_heads=2, head_dim=8, **window)
     torch.manual_seed(0)
@@ -205,14 +209,14 @@ def test_dropped_scores_are_the_same_in_the_backward_pass() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
-    def attention(*states: Tensor) -> Tensor:
+    def dropping(*states: Tensor) -> Tensor:
         torch.manual_seed(5)
         out: Tensor = _Products.apply(*states, None, None, segments, terms, 0.4)
         return out
 
-    assert torch.autograd.gradcheck(attention, inputs)
+    assert torch.autograd.gradcheck(dropping, inputs)
     whole = _Products.apply(*inputs, None, None, segments, terms, 0.0)
-    assert (attention(*inputs) - whole).abs().max() > 0.01
+    assert (dropping(*inputs) - whole).abs().max() > 0.01
 
 
 def test_an_unknown_architecture_keeps_its_padding() -> None:
@@ -234,6 +238,15 @@ def test_groups_hold_all_rows_in_order_within_the_largest_product() -> None:
     assert all(g.examples == 1 or g.examples * g.longest**2 <= LARGEST for g in segments.groups)
     assert [g.examples for g in segments.groups] == [1, 3, 2, 1, 2]
     assert segments.positions()[0, :701].tolist() == [*range(700), 0]
+
+
+def test_the_groups_of_a_split_count_from_their_own_first_row() -> None:
+    first, rest = Segments.of([700, 300, 299, 40, 10]).split(2)
+    assert (first.lengths, rest.lengths) == ((700, 300, 299), (40, 10))
+    assert (first.bounds.tolist(), rest.bounds.tolist()) == ([0, 700, 1000, 1299], [0, 40, 50])
+    assert [(group.start, group.stop) for group in (*first.groups, *rest.groups)] == [
+        *((0, 700), (700, 1299), (0, 40), (40, 50))
+    ]
 
 
 def features(lengths: list[int]) -> list[Features]:
