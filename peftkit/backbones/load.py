@@ -86,6 +86,7 @@ def load_backbone(
             "they would stay random. Use a complete model of this architecture."
         )
     model.config.use_cache = False
+    _keep_packing(model)
     _restore_head(model, folder, dims, report["missing_keys"])
     return Backbone(model=model, tokenizer=tokenizer, dims=dims, spec=spec, folder=folder, compute_dtype=dtype)
 
@@ -260,6 +261,20 @@ def quantization_config(spec: BackboneSpec, dims: Dims, dtype: torch.dtype) -> A
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip,
     )
+
+
+def _keep_packing(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a processor with bfloat16 products.
+
+    That layout is for inference: it multiplies in bfloat16 whatever the recipe says, and narrow layers have none.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _restore_head(model: Any, folder: str, dims: Dims, missing: list[str]) -> None:

@@ -162,3 +162,17 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(tmp_path: Path, mo
     with pytest.raises(BackboneError, match="cannot be read as GGUF"):
         resolve(BackboneSpec(name=str(tmp_path / "fake.gguf")))
     assert not list((tmp_path / "home" / "gguf").glob("fake*"))
+
+
+def test_an_evaluation_leaves_quantized_weights_as_they_were_loaded(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a processor with bfloat16 products, for which bitsandbytes has another layout
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    spec = BackboneSpec(name=str(tiny_llama), quantization="nf4")
+    model = load_backbone(spec, LANGUAGE_HEAD).model.eval()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert any(parameter.dtype == torch.uint8 for parameter in before.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -75,7 +75,8 @@ def outcome(model: Any, embedded: Tensor | None = None) -> dict[str, Tensor]:
     embedded = model.get_input_embeddings()(TOKENS) if embedded is None else embedded
     embedded = embedded.detach().requires_grad_()
     output = model(inputs_embeds=embedded)[0]
-    output.float().square().mean().backward()
+    # not the mean of squares, which the last norm of an encoder has made a constant: its gradient is all rounding
+    (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert embedded.grad is not None
     return {"output": output.detach(), "input": embedded.grad} | gradients
@@ -269,9 +270,13 @@ def test_each_layer_drops_its_own_inputs_and_the_same_again_backward(
         )
     y = x.detach().requires_grad_()
     plain(y, y).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
+    assert x.grad is not None
+    assert y.grad is not None
+    assert difference(x.grad, y.grad) <= closeness(torch.float32)
     for found, expected in zip(attention.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
+        assert (found.grad is None) == (expected.grad is None)
+        if found.grad is not None and expected.grad is not None:
+            assert difference(found.grad, expected.grad) <= closeness(torch.float32)
 
 
 def test_dropout_leaves_the_mean_output_and_stops_in_evaluation(attention: Any) -> None:

@@ -73,7 +73,8 @@ class Reader:
 
     def requests(self) -> set[str]:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+        urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+        return {url for url in urls if not url.startswith("chrome://")}  # of the browser's own pages
 
 
 def start_browser(home: Path) -> Reader:
