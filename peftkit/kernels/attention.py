@@ -95,7 +95,7 @@ def attend(
     if fused:
         long, short = segments.split(fused)
         rows = [sum(long.lengths), sum(short.lengths)]
-        (q, *qs), (k, *ks), (v, *vs) = (states.split(rows, 2) for states in (query, key, value))
+        (q, *qs), (k, *ks), (v, *vs) = (torch.split(states, rows, 2) for states in (query, key, value))
         parts = [_by_groups(q, k, v, long, terms), apply(_Products, *qs, *ks, *vs, None, None, short, terms, dropout)]
         return torch.cat(parts, 1), None
     keys, values = (None, None) if front is None else (front[0].to(key.dtype), front[1].to(value.dtype))
