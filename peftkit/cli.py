@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import __version__, threads
+from peftkit.backbones.quiet import hush_bitsandbytes
 from peftkit.bench import verbs as harness
 from peftkit.deploy import export_verbs as exports
 from peftkit.deploy import harness_flags as lm_tasks
@@ -37,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0 done, 1 ran and failed, 2 the input is wrong, 3 it does not fit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hush_bitsandbytes()
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbs = tuple(VERBS)
     if given and not given[0].startswith("-") and given[0] not in verbs:

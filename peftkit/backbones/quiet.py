@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,8 @@ def quietly() -> Iterator[None]:
         chatter.set_verbosity(level)
         if bars:
             chatter.enable_progress_bar()
+
+
+def hush_bitsandbytes() -> None:
+    """Keep bitsandbytes from saying, as it is loaded, which of its kernels for this processor are not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import errors
+from peftkit.backbones.quiet import hush_bitsandbytes
 from peftkit.deploy.adapter import Onto
 from peftkit.deploy.verification import REPORT_NAME, Proof, Question, Say
 from peftkit.deploy.verify import examine
@@ -117,6 +118,7 @@ def prove(question: Question, say: Say) -> Proof:
 def main(arguments: Sequence[str]) -> int:
     """Read a question from standard input, and leave the answer in the file that is named."""
     (path,) = arguments
+    hush_bitsandbytes()
     question = Question.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

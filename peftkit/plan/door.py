@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -20,9 +19,7 @@ def answer(question: str, recipe: Recipe, gpu: str | None) -> Answer:
     Raises:
         InputError: an unknown card, a configuration that cannot be had, faulty data, or a method that trains nothing.
     """
-    # it says which of its products it lacks on a host; a plan runs none of them
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # and has torch compile functions as it is imported, which takes a second
+    # bitsandbytes has torch compile functions as it is imported, which takes a second
     with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
         with without_collection():
             from peftkit.plan.answer import QUESTIONS
