@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit.backbones.packaged import PACKAGED, local_path
 from peftkit.deploy.parts import Adapter, read_adapter
 from peftkit.record import Part
 
@@ -89,10 +90,16 @@ def check_serving(path: str | Path, engine: str) -> ServingReport:
     command = None
     if not changes and rank is not None:
         allowed = next(each for each in VLLM_RANKS if each >= rank) if engine == "vllm" else rank
-        command = server.launch.format(base=adapter.base_name or "BASE", path=adapter.folder, rank=allowed)
+        command = server.launch.format(base=_base_of(adapter), path=adapter.folder, rank=allowed)
     return ServingReport(
         adapter=str(path), engine=server.title, accepted=not changes, rank=rank, changes=changes, command=command
     )
+
+
+def _base_of(adapter: Adapter) -> str:
+    """The base as an engine finds it: other engines know nothing of packaged backbones' names."""
+    name = adapter.base_name or "BASE"
+    return str(local_path(name)) if name in PACKAGED else name
 
 
 def _obstacles(adapter: Adapter, server: Server) -> Iterator[Change]:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from peft import IA3Config
 
+from peftkit.backbones import local_path
 from peftkit.backbones.spec import Head
 from peftkit.cli import main
 from peftkit.deploy.serving_check import SERVERS, check_serving
+from peftkit.folder import BASE_NAME
 
 Make = Callable[..., Path]
 SENTIMENT = Head("classification", ("bad", "good"), "single_label_classification")
@@ -27,6 +29,13 @@ def test_a_plain_lora_is_served_by_all_of_them(engine: str, make_lora: Make, tmp
     assert str(tmp_path / "a") in str(found.command)
     if engine == "vllm":
         assert "--max-lora-rank 8 " in str(found.command)  # the next of its choices
+
+
+def test_a_packaged_base_is_named_by_its_folder(make_lora: Make, tmp_path: Path) -> None:
+    path = make_lora(tmp_path / "a", rank=4)
+    base = json.loads((path / BASE_NAME).read_text())
+    (path / BASE_NAME).write_text(json.dumps(base | {"name": "smollm2-135m"}))
+    assert f"vllm serve {local_path('smollm2-135m')} " in str(check_serving(path, "vllm").command)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
