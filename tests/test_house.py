@@ -20,7 +20,7 @@ from peftkit.methods import ALIASES, AnyMethod
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peftkit"
 RINGS = {
-    0: {"errors", "units", "stats", "files", "cache", "spec", "environment", "threads"},
+    0: {"errors", "units", "stats", "files", "cache", "spec", "environment", "extras", "threads"},
     1: {"methods", "tasks", "data", "backbones", "kernels"},
     2: {"recipe", "record", "folder", "digests"},
     3: {"run", "prepare", "train", "plan", "deploy", "report", "presets", "doctor"},

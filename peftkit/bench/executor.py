@@ -20,7 +20,8 @@ from peftkit.bench.local import Local
 from peftkit.bench.memory import held_to_memory
 from peftkit.bench.process import CellResult, Conditions, Say
 from peftkit.bench.suite import Cell, Suite
-from peftkit.bench.tune import Tuned, load_optuna, tune_suite
+from peftkit.bench.tune import Tuned, tune_suite
+from peftkit.extras import load_optuna
 from peftkit.files import write_json, write_text
 from peftkit.recipe import dump_yaml
 from peftkit.report.document import write_report
@@ -62,7 +63,7 @@ def run_suite(
     """
     cells = held_to_memory(suite, suite.cells())  # what is wrong is told before anything is written
     if suite.tune is not None:
-        load_optuna()
+        load_optuna("tune")
     conditions = Conditions(suite.timeout, suite.inference, keep_old, even_if_busy)
     executor = executor or Local()
     _check(cells, out / CELLS_FOLDER, executor, conditions)

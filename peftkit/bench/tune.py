@@ -21,7 +21,8 @@ from typing import Any, Protocol
 from peftkit.bench.cell import current_record
 from peftkit.bench.suite import Cell, Point, Suite, slug_of
 from peftkit.bench.tuning import Range, Settings, Space, Tune, middle_place
-from peftkit.errors import InputError, PeftkitError
+from peftkit.errors import PeftkitError
+from peftkit.extras import load_optuna
 from peftkit.files import write_json
 from peftkit.record import RunRecord
 from peftkit.report.rows import LOWER_IS_BETTER
@@ -173,7 +174,7 @@ def tune_suite(suite: Suite, out: Path, *, run: RunCells, say: Say) -> dict[str,
     """
     if suite.tune is None:
         return {}
-    optuna = load_optuna()
+    optuna = load_optuna("tune")
     studies = [Study.open(point, suite.tune, optuna) for point in suite.tuned_points()]
     folder = out / TUNING_FOLDER
     for number in range(1, suite.tune.trials + 1 if studies else 1):
@@ -235,20 +236,6 @@ def read_trial(cell: Cell, record: RunRecord, values: Settings) -> Trial:
     state = "pruned" if pruned else "complete" if value is not None else record.status
     hurdles = dict(cell.recipe.evaluation.hurdles)
     return Trial(values, cell.name, state, record.error, metric, value, scores, hurdles)
-
-
-def load_optuna() -> Any:
-    """The optuna package, silent about single trials.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as fault:
-        raise InputError("tune needs optuna. Install it: pip install 'peftkit[search]'.") from fault
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def _create(optuna: Any, space: Space, tune: Tune) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.deploy.exams import Exam, ScoreRow, Seated, TaskScore, best_of, cost, seat
 from peftkit.deploy.mixing import Mix
 from peftkit.errors import InputError
+from peftkit.extras import load_optuna
 from peftkit.record import Part
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def search_weights(
     Raises:
         InputError: no optuna, no trials, or no task that the combination can answer.
     """
-    optuna = _optuna()
+    optuna = load_optuna("--search")
     starts = _starts(len(rows), how)
     if trials < len(starts):
         raise InputError(f"--trials {trials} is too few: {len(starts)} are the parts alone and their mean.")
@@ -104,15 +105,6 @@ def search_weights(
     labels = tuple(exam.label for exam, _ in asked)
     search = Search(seed=how.seed or 0, trials=tuple(done), best=best, tasks=labels)
     return Found(replace(how, weights=best.weights), search)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as fault:
-        raise InputError("--search needs optuna. Install it: pip install 'peftkit[search]'.") from fault
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def _starts(count: int, how: Mix) -> list[tuple[float, ...]]:
