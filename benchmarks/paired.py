@@ -110,7 +110,8 @@ def main(script: Script, arguments: Sequence[str]) -> int:
         found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     document = summarise(script, options, comparison, pairs, environment=found)
     show(document)
-    path = options.out / document["title"] / f"{options.job}-{options.peer}.json"
+    named = [options.job, options.peer, *([options.dtype] if options.dtype else [])]
+    path = options.out / document["title"] / f"{'-'.join(named)}.json"
     write_json(path, document)
     print(f"written to {path}")
     return 0
@@ -246,7 +247,8 @@ def summarise(
         "title": Path(script.file).stem.replace("_", "-"),
         "command": options.command,
         "note": "Medians over pairs of runs; ratios are peftkit's value over the peer's in one pair, with their least "
-        "and greatest. Memory is the peak above the loaded model.",
+        "and greatest. Memory is the peak above the loaded model. Losses are peftkit's and, in brackets, how far they "
+        "are from the peer's.",
         "rows": [as_row(options, comparison, ratios, differences)],
         "peer": {"kind": options.peer, "per_device": options.per_device, **versions},
         "pairs": options.pairs,
@@ -271,12 +273,12 @@ def as_row(
         found = ratios[name]
         return f"{found['median']:.2f} [{found['min']:.2f}, {found['max']:.2f}]"
 
-    speed, memory, loss = (RATIOS["tokens_per_second"], RATIOS["training_bytes"], DIFFERENCES["validation_loss"])
-    speeds, memories, losses = (
-        ratios["tokens_per_second"],
-        ratios["training_bytes"],
-        differences["validation_loss"],
-    )
+    def loss(name: str) -> str:
+        found = differences[name]
+        return f"{found['peftkit']:.4f} ({found['peftkit'] / found['peer'] - 1:+.2%})"
+
+    speed, memory = RATIOS["tokens_per_second"], RATIOS["training_bytes"]
+    speeds, memories = ratios["tokens_per_second"], ratios["training_bytes"]
     return {
         "job": f"{options.job}, {comparison.dtype}",
         "peer": options.peer,
@@ -288,8 +290,8 @@ def as_row(
         "memory": memory.show(memories["peftkit"]),
         "peer's memory": memory.show(memories["peer"]),
         "memory ratio": spread("training_bytes"),
-        "validation loss": loss.show(losses["peftkit"]),
-        "peer's loss": loss.show(losses["peer"]),
+        "training loss": loss("mean_loss"),
+        "validation loss": loss("validation_loss"),
     }
 
 
