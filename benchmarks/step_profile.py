@@ -28,12 +28,20 @@ from paired import RATIOS, RESULTS, WARMUP_STEPS, launch, print_table, sample_of
 from sides import ClockObserver, Comparison, Sample, read_comparison, read_ground, train_with_peftkit
 
 from peftkit.files import write_json
+from peftkit.onednn import CAPACITIES
 from peftkit.recipe import Recipe, build_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftkit.train.loop import StepReport
 
 KERNELS = ("packing", "attention", "loss", "lora", "layers")
+VARIANTS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {
+    "all on": ((), {}),
+    **{f"{name} off": ((name,), {}) for name in KERNELS},
+    "all off": (KERNELS, {}),
+    "every product kept": ((), dict.fromkeys(CAPACITIES, "1024")),
+}
+"""Fast paths that are turned off, and changes to the environment, by what the table calls them."""
 SETTLING_STEPS = 1
 """Steps between the timed and the profiled ones, in which the profiler starts."""
 
@@ -165,17 +173,16 @@ def profile_run(folder: Path) -> dict[str, Any]:
 
 def ablated(options: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The recipe with all fast paths, without each, and without any, as a document."""
-    variants = {"all on": (), **{f"{name} off": (name,) for name in KERNELS}, "all off": KERNELS}
     environment = stage_environment(options.threads)
-    runs: dict[str, list[Sample]] = {name: [] for name in variants}
+    runs: dict[str, list[Sample]] = {name: [] for name in VARIANTS}
     for number in range(options.pairs):
-        for name, absent in variants.items():
+        for name, (absent, changes) in VARIANTS.items():
             content = settled(recipe, steps=WARMUP_STEPS + options.steps)
             content["training"]["kernels"] |= dict.fromkeys(absent, False)
             write_json(folder / "comparison.json", asdict(Comparison(content, name, "none", 1)))
             if not (folder / "ground.json").exists():
                 launch(__file__, "ground", folder, environment)
-            runs[name].append(sample_of(__file__, "peftkit", folder, environment))
+            runs[name].append(sample_of(__file__, "peftkit", folder, {**environment, **changes}))
             print(f"round {number + 1} of {options.pairs}: {name}", flush=True)
     rows = [ablation_row(name, samples, runs["all on"]) for name, samples in runs.items()]
     note = f"{options.recipe.stem}: medians of {options.pairs} rounds; memory is the peak above the loaded model."

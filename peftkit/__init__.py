@@ -61,9 +61,10 @@ _COMPUTING = ("evaluate", "generate", "merge")
 
 def __getattr__(name: str) -> Any:
     if name in _VERBS or name in _COMPUTING:
-        from peftkit import threads
+        from peftkit import onednn, threads
 
         threads.settle()
+        onednn.bound_caches()
     if name in _VERBS:
         return import_module(f"peftkit.{name}")
     if name not in _HOMES:

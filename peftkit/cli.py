@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit import __version__, threads
+from peftkit import __version__, onednn, threads
 from peftkit.backbones.quiet import hush_bitsandbytes
 from peftkit.bench import verbs as harness
 from peftkit.deploy import export_verbs as exports
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(given)
     if options.verb not in LIGHT:
         threads.settle()
+        onednn.bound_caches()
     try:
         return int(VERBS[options.verb](options) or 0)
     except PeftkitError as fault:

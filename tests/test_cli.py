@@ -44,6 +44,12 @@ def write_rows(path: Path, *lines: str) -> str:
 ROW = '{"text": "fine", "label": "good"}'
 
 
+def test_the_package_runs_as_a_module() -> None:
+    told = subprocess.run([sys.executable, "-m", "peftkit", "tarin"], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith("peftkit: no verb 'tarin'")
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

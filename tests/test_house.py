@@ -20,11 +20,11 @@ from peftkit.methods import ALIASES, AnyMethod
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peftkit"
 RINGS = {
-    0: {"errors", "units", "stats", "files", "cache", "spec", "environment", "extras", "threads"},
+    0: {"errors", "units", "stats", "files", "cache", "spec", "environment", "extras", "threads", "onednn"},
     1: {"methods", "tasks", "data", "backbones", "kernels"},
     2: {"recipe", "record", "folder", "digests"},
     3: {"run", "prepare", "train", "plan", "deploy", "report", "presets", "doctor"},
-    4: {"cli", "bench"},
+    4: {"cli", "bench", "__main__"},
 }
 RING_OF = {name: ring for ring, names in RINGS.items() for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -205,6 +205,33 @@ def test_a_narrow_backbone_rounds_less_than_with_peft(dtype: torch.dtype) -> Non
     assert max(errors(fused)[2:]) <= 1.5 * torch.finfo(dtype).eps
 
 
+def test_an_update_too_small_for_the_grid_of_the_outputs_still_counts() -> None:
+    torch.manual_seed(0)
+    inputs, outputs, tokens = 256, 128, 512
+    ulp, update = 2.0**-6, 2.0**-11  # outputs lie between 2 and 4, a base of 3 and a fifth of noise
+    x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
+    x[:, 0] = 1
+    base = nn.Linear(inputs, outputs, bias=False)
+    base.weight.data *= 0.2 / base.weight.data.norm(dim=1, keepdim=True)
+    base.weight.data[:, 0] = 3
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["linear"])
+    model = inject_adapter_in_model(config, nn.ModuleDict({"linear": base.bfloat16()}))
+    layer = model["linear"]
+    layer.lora_A.float()
+    layer.lora_B.float()
+    layer.lora_A["default"].weight.data = torch.eye(1, inputs)
+    layer.lora_B["default"].weight.data.fill_(update)
+
+    def moved() -> float:
+        with torch.no_grad():
+            return float((layer(x) - base(x)).double().mean() / update)
+
+    assert moved() == 0, "PEFT adds an update of a thirty-second of an ulp to outputs that are rounded already"
+    fuse_lora(model)
+    # one output in so many moves, by an ulp: the deviation of the mean
+    assert moved() == pytest.approx(1, abs=5 * (ulp / update / (tokens * outputs)) ** 0.5)
+
+
 def test_an_nf4_backbone_equals_peft(tiny_llama: Path, operations: list[int]) -> None:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = adapt(AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=settings, dtype=torch.float32))

@@ -1,0 +1,43 @@
+"""A run on a processor keeps few compiled products, unless somebody says how many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peftkit.onednn import CAPACITIES, KEPT, bound_caches
+
+GROWTH = """
+import peftkit, resource
+peftkit.train
+import torch
+if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    raise SystemExit(5)
+weight = torch.randn(384, 384, dtype=torch.bfloat16)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for tokens in range(300, 340): torch.randn(tokens, 384, dtype=torch.bfloat16) @ weight.T
+before = peak()
+for tokens in range(340, 640): torch.randn(tokens, 384, dtype=torch.bfloat16) @ weight.T
+print(peak() - before)
+"""
+
+
+def test_what_somebody_set_is_left_alone() -> None:
+    environment = {CAPACITIES[0]: "7"}
+    bound_caches(environment)
+    assert environment == {CAPACITIES[0]: "7", CAPACITIES[1]: str(KEPT)}
+
+
+def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
+    def growth(**changes: str) -> int:
+        clean = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
+        told = subprocess.run([sys.executable, "-c", GROWTH], env=clean | changes, capture_output=True, text=True)
+        if told.returncode == 5:
+            pytest.skip("this processor's bfloat16 products are not compiled by oneDNN")
+        assert told.returncode == 0, told.stderr
+        return int(told.stdout)
+
+    assert growth() < growth(**dict.fromkeys(CAPACITIES, "1024")) / 2
