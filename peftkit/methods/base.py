@@ -121,6 +121,13 @@ def load_peft(backbone: Backbone, folder: Path) -> Adapted:
     return Adapted(model.eval(), "adapter")
 
 
+def has_values(model: torch.nn.Module) -> bool:
+    """Whether a model is there to compute with, and not only planned with."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
 def raise_trainable_to_float32(model: torch.nn.Module) -> None:
     """Hold every trainable parameter in float32; modules around them take inputs of any float dtype."""
     import torch

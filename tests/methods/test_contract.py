@@ -215,6 +215,39 @@ def test_the_head_method_is_refused_where_there_is_no_new_head(chat_recipe: Any)
         prepared(chat_recipe(method="head"))
 
 
+def test_a_prefix_starts_as_its_text_before_the_input(chat_recipe: Any) -> None:
+    def start(**changes: Any) -> Prepared:
+        return prepared(chat_recipe(method={"kind": "prefix", "virtual_tokens": 7, **changes}))
+
+    ready = start(init="text", init_text="good words first")
+    model: Any = ready.adapted.model.eval()
+    words = ready.backbone.tokenizer("good words first")["input_ids"]
+    front = torch.tensor([(words * 7)[:7]])
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        found = model(input_ids=tokens).logits
+        with model.disable_adapter():
+            expected = model(input_ids=torch.cat([front, tokens], dim=1)).logits[:, 7:]
+    assert torch.allclose(found, expected, atol=1e-5)  # float32, one pass over the tokens against two
+
+    def values(ready: Prepared) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in ready.adapted.trainable().values()])
+
+    drawn = values(start())
+    assert torch.equal(drawn, values(start(init="vocabulary"))), "the default, and of the recipe's seed"
+    assert not torch.equal(drawn, values(ready))
+    assert values(start(init="random")).std() == pytest.approx(1, abs=0.1), "PEFT's own"
+
+
+@pytest.mark.parametrize(("task", "changes"), [("classify", {}), ("chat", {"projection": 8})])
+def test_a_prefix_that_no_text_can_start_says_so(
+    task: str, changes: Any, classify_recipe: Any, chat_recipe: Any
+) -> None:
+    build = {"classify": classify_recipe, "chat": chat_recipe}[task]
+    with pytest.raises(MethodError, match="for decoders without projection"):
+        prepared(build(method={"kind": "prefix", "init": "vocabulary", **changes}))
+
+
 def test_qlora_holds_packed_weights_and_trains_float32_adapters(classify_recipe: Any) -> None:
     ready = prepared(classify_recipe(method="qlora"))
     dtypes = {name: parameter.dtype for name, parameter in ready.adapted.model.named_parameters()}
