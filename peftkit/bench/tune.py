@@ -165,12 +165,15 @@ class Study:
 def tune_suite(suite: Suite, out: Path, *, run: RunCells, say: Say) -> dict[str, Tuned]:
     """What is best for every variant that trains, by its name; nothing for a suite that does not tune.
 
+    A variant none of whose trials ended well is left out, and so runs as the suite has it: its rows then say what is
+    wrong with it, and reports that it was not tuned.
+
     Args:
         run: runs the trials of a round, of which no two depend on each other.
 
     Raises:
         InputError: optuna is missing; nothing was run.
-        PeftkitError: no trial of some variant ended well.
+        PeftkitError: no trial of any variant ended well.
     """
     if suite.tune is None:
         return {}
@@ -184,7 +187,7 @@ def tune_suite(suite: Suite, out: Path, *, run: RunCells, say: Say) -> dict[str,
         for study, cell in zip(studies, cells, strict=True):
             study.tell(cell, records[cell.name])
             write_json((folder / cell.name).parent / STUDY_NAME, study.document())
-    return {study.point.variant: _outcome(study, say) for study in _successful(studies, folder)}
+    return {study.point.variant: _outcome(study, say) for study in _successful(studies, folder, say)}
 
 
 def _records(cells: Sequence[Cell], folder: Path, run: RunCells) -> dict[str, RunRecord]:
@@ -199,17 +202,19 @@ def _records(cells: Sequence[Cell], folder: Path, run: RunCells) -> dict[str, Ru
     return records | {cell.name: end.record for cell, end in zip(left, ends, strict=True)}
 
 
-def _successful(studies: Sequence[Study], folder: Path) -> Sequence[Study]:
-    """The studies, all of which have a best trial.
+def _successful(studies: Sequence[Study], folder: Path, say: Say) -> Sequence[Study]:
+    """The studies that have a best trial; the others are told, each with the reason of its last trial.
 
     Raises:
-        PeftkitError: some have not; each is named with the reason of its last trial.
+        PeftkitError: there are others only.
     """
     lost = [study for study in studies if study.best() is None]
-    if lost:
-        told = "".join(f"\n  - {s.name}: {s.trials[-1].state}, {s.trials[-1].reason}" for s in lost)
-        raise PeftkitError(f"no trial ended well, see {folder}. Mend, or exclude:{told}")
-    return studies
+    told = [f"{s.name}: no trial ended well, the last: {s.trials[-1].state}, {s.trials[-1].reason}" for s in lost]
+    if lost and len(lost) == len(studies):
+        raise PeftkitError("\n  - ".join([f"nothing could be tuned, see {folder}:", *told]))
+    for line in told:
+        say(f"{line}. It runs untuned.")
+    return [study for study in studies if study not in lost]
 
 
 def _outcome(study: Study, say: Say) -> Tuned:

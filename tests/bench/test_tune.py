@@ -175,10 +175,15 @@ def test_what_diverged_counts_as_a_trial_and_is_not_tried_again(tmp_path: Path) 
     assert all(cell.recipe.training.learning_rate <= 9e-4 for cell in runner.ran)
 
 
-def test_a_variant_without_a_good_trial_is_named_with_its_reason(tmp_path: Path) -> None:
-    runner = Runner(lambda recipe: math.nan if recipe.method.kind == "full" else 0.5)
-    with pytest.raises(PeftkitError, match="full: diverged, the loss is nan"):
-        tuned(suite(), tmp_path, runner)
+def test_a_variant_without_a_good_trial_is_named_with_its_reason_and_left_untuned(tmp_path: Path) -> None:
+    runner, said = Runner(lambda recipe: math.nan if recipe.method.kind == "full" else 0.5), list[str]()
+    assert list(tune_suite(suite(), tmp_path, run=runner, say=said.append)) == ["lora"]
+    assert "full: no trial ended well, the last: diverged, the loss is nan. It runs untuned." in said
+
+
+def test_nothing_that_could_be_tuned_ends_the_suite(tmp_path: Path) -> None:
+    with pytest.raises(PeftkitError, match="full: no trial ended well, the last: diverged, the loss is nan"):
+        tuned(suite(), tmp_path, Runner(lambda recipe: math.nan))
 
 
 def test_lists_are_drawn_from_their_grid_each_point_once(tmp_path: Path) -> None:
