@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from peftkit.report.comparison import Comparison, Difference, compare_rows, signed, unit
+from peftkit.report.comparison import SIGNIFICANT, Comparison, Difference, compare_rows, signed, unit
 from peftkit.report.rows import LOWER_IS_BETTER, CellRow, Summary, common_metric, summarise
 from peftkit.report.tables import escape_markdown, failures, format_estimate
 from peftkit.units import format_bytes, format_count, format_seconds
@@ -58,8 +58,10 @@ def advise(rows: Sequence[CellRow]) -> list[Advice]:
 def advise_on(rows: Sequence[CellRow]) -> Advice:
     """What to take: the cheapest of the methods that cannot be told from the best one; cheap is memory times time.
 
-    Methods are compared in pairs with the best. One that trains nothing costs nothing. Where a cost was not measured of
-    all of them, the next one decides: memory alone, time alone, weights trained; and without any, the score.
+    Methods are compared in pairs with the best, each alone here: adjusted for their number, a p-value keeps from
+    calling one worse in error, where the error to avoid is to call it as good. One that trains nothing costs nothing.
+    Where a cost was not measured of all of them, the next one decides: memory alone, time alone, weights trained; and
+    without any, the score.
     """
     summaries = summarise(rows)
     metric = common_metric(summaries)
@@ -70,7 +72,7 @@ def advise_on(rows: Sequence[CellRow]) -> Advice:
     best = scored[0]
     comparison = compare_rows(rows, best.variant)
     found = {difference.variant: difference for difference in comparison.differences}
-    tied = [each for each in scored if each.variant in found and found[each.variant].outcome == "undecided"]
+    tied = [each for each in scored if each.variant in found and _as_good_alone(found[each.variant])]
     candidates = [best, *tied]
     cautions = (*_doubts(candidates), *_unlike(scored, comparison), *_ends(summaries))
     sure = [each for each in candidates if not _may_be_guessing(each, metric)]
@@ -113,6 +115,10 @@ def advice_markdown(found: Sequence[Advice]) -> str:
 def _advice_block(advice: Advice) -> str:
     lines = [f"- *{name}*: {escape_markdown(sentence)}" for name, part in advice.parts.items() for sentence in part]
     return "\n".join([f"**{escape_markdown(advice.headline)}**", "", *lines])
+
+
+def _as_good_alone(difference: Difference) -> bool:
+    return difference.outcome == "undecided" and difference.p_value >= SIGNIFICANT
 
 
 def _where(scored: Sequence[Summary]) -> str:
@@ -275,7 +281,7 @@ def _cheaper(chosen: Summary, scored: Sequence[Summary], found: Mapping[str, Dif
     mine = cost(chosen)
     for each in scored:
         difference, its = found.get(each.variant), cost(each)
-        if difference is None or difference.outcome != "worse" or mine is None or its is None or its >= mine:
+        if difference is None or _as_good_alone(difference) or mine is None or its is None or its >= mine:
             continue
         return (f"{each.variant} is cheaper ({_costs(each)}) and {difference.verdict}.",)
     return ()

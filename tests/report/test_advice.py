@@ -81,6 +81,16 @@ def test_of_those_that_cannot_be_told_apart_the_cheapest_is_taken_and_what_it_gi
     assert advice.cautions == ()
 
 
+def test_one_that_is_worse_alone_is_not_taken_because_many_were_compared(tmp_path: Path) -> None:
+    rows = seeds_of(tmp_path, "full", 20, memory_mib=1000)
+    rows += [cell(tmp_path, "cheap", [*range(12, 46), N - 1 - seed], seed, memory_mib=50) for seed in range(3)]
+    assert advise(rows).variant == "full"
+    rows += [cell for name in "abcdefgh" for cell in seeds_of(tmp_path, name, 21, memory_mib=900)]
+    advice = advise(rows)
+    assert any("cheap" in each and "if compared alone" in each for each in advice.given_up), advice
+    assert advice.variant == "a"
+
+
 def test_a_clear_winner_is_taken_whatever_it_costs(tmp_path: Path) -> None:
     rows = [*seeds_of(tmp_path, "full", 10, memory_mib=1000), *seeds_of(tmp_path, "lora", 150, memory_mib=100)]
     advice = advise(rows)
