@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,15 @@ from peftkit.report.tables import escape_markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED = ("report.md", "results.csv", "results.parquet", "differences.csv", "scatter.png", "suite.yaml")
-README_TABLES = {"demo table": "demo/report.md", "what fits": "what-fits/tokens-1024.json"}
-"""The README's generated tables, by the word in their marker, and where their rows lie."""
+COSTS = ("trained", "memory", "time", "seeds")
+README_TABLES: dict[str, tuple[str, Sequence[str]]] = {
+    "demo table": ("demo/report.md", ()),
+    "what fits": ("what-fits/tokens-1024.json", ()),
+    "methods classify": ("methods-classify/report.md", ("variant", "accuracy", *COSTS)),
+    "methods chat": ("methods-chat/report.md", ("variant", "perplexity", "token_accuracy", *COSTS)),
+}
+"""The README's generated tables, by the word in their marker: where their rows lie, and the columns to show; all where
+none is named."""
 HEADER = """# Results
 
 Written by `python benchmarks/publish.py` from what committed commands printed; do not edit. Each section names the
@@ -67,15 +75,15 @@ def documents() -> dict[Path, str]:
     sections += [measured_section(folder) for folder in folders if [*folder.glob("*.json")]]
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for word, source in README_TABLES.items():
-        text = with_table(text, word, RESULTS / source)
+    for word, (source, columns) in README_TABLES.items():
+        text = with_table(text, word, RESULTS / source, columns)
     return {ROOT / "benchmarks" / "RESULTS.md": "\n".join([HEADER, *sections]), readme: text}
 
 
-def with_table(text: str, word: str, source: Path) -> str:
+def with_table(text: str, word: str, source: Path, columns: Sequence[str]) -> str:
     """The text with the generated table between its markers."""
     block = re.compile(rf"(<!-- {word}: benchmarks/publish.py -->\n).*?(<!-- end -->)", re.DOTALL)
-    table = report_table(source) if source.suffix == ".md" else markdown_table(read_measured(source)["rows"])
+    table = report_table(source, columns) if source.suffix == ".md" else markdown_table(read_measured(source)["rows"])
     return block.sub(lambda found: found.group(1) + table + "\n" + found.group(2), text)
 
 
@@ -132,11 +140,14 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
 
 
-def report_table(path: Path) -> str:
-    """The table of a suite's report."""
+def report_table(path: Path, columns: Sequence[str] = ()) -> str:
+    """The table of a suite's report, or some of its columns."""
     lines = path.read_text(encoding="utf-8").splitlines()
     below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), below))
+    rows = [line.strip("|").split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), below)]
+    names = [name.strip() for name in rows[0]]
+    shown = [names.index(column) for column in columns or names]
+    return "\n".join(f"|{'|'.join(row[place] for place in shown)}|" for row in rows)
 
 
 if __name__ == "__main__":

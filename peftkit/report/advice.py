@@ -50,7 +50,7 @@ class Advice:
 def advise(rows: Sequence[CellRow]) -> list[Advice]:
     """What to take, for each test split that the runs were scored on; nothing about runs that others made."""
     own = [row for row in rows if row.outside is None]
-    data = {row.variant: _test_data(row) for row in own if row.record is not None}
+    data = {row.variant: row.test_data for row in own if row.record is not None}
     splits = list(dict.fromkeys(data.values())) or [""]
     return [advise_on([row for row in own if data.get(row.variant, split) == split]) for split in splits]
 
@@ -124,13 +124,8 @@ def _as_good_alone(difference: Difference) -> bool:
 def _where(scored: Sequence[Summary]) -> str:
     """`On NVIDIA L40S, mine.jsonl`: the machines and data of the scored runs."""
     rows = [row for summary in scored for row in summary.rows]
-    machines, tests = [row.machine for row in rows], [_test_data(row) for row in rows]
+    machines, tests = [row.machine for row in rows], [row.test_data for row in rows]
     return f"On {_listed(machines) or 'this machine'}{', ' * any(tests)}{_listed(tests)}"
-
-
-def _test_data(row: CellRow) -> str:
-    data = {} if row.record is None else row.record.recipe.get("data", {})
-    return str(data.get("test") or data.get("validation") or "")
 
 
 def _guess_level(summary: Summary) -> tuple[str, float] | None:

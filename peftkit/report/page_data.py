@@ -126,6 +126,7 @@ def _variant(summary: Summary) -> Flat:
     return {
         "name": summary.variant,
         "main": summary.main,
+        "test_data": summary.test_data,
         "metrics": {name: _estimate(found) for name, found in summary.metrics.items()},
         "trainable": summary.trainable,
         "artifact_bytes": summary.artifact_bytes,

@@ -73,6 +73,12 @@ class CellRow:
         environment = {} if self.record is None else self.record.environment
         return str(environment.get("device_name") or environment.get("device") or "")
 
+    @property
+    def test_data(self) -> str:
+        """What it was scored on; empty where the record does not say."""
+        data = {} if self.record is None else self.record.recipe.get("data", {})
+        return str(data.get("test") or data.get("validation") or "")
+
     def content(self) -> dict[str, Any]:
         """The record as plain data, and what was measured besides; empty without a record."""
         if self.record is None:
@@ -141,6 +147,11 @@ class Summary:
     def ended_well(self) -> int:
         """How many seeds have results."""
         return sum(row.status == "ok" for row in self.rows)
+
+    @property
+    def test_data(self) -> str:
+        """What its runs were scored on, as the first of them says."""
+        return next((row.test_data for row in self.rows if row.record is not None), "")
 
     @property
     def failures(self) -> list[CellRow]:
@@ -234,7 +245,10 @@ def read_manifest(suite: Path) -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[CellRow]) -> list[Summary]:
-    """One summary a variant: best first where all share a main metric, variants without results last."""
+    """One summary a variant: best first where all share a main metric, variants without results last.
+
+    Those scored on the same test data stand together.
+    """
     grouped: dict[str, list[CellRow]] = {}
     for row in rows:
         grouped.setdefault(row.variant, []).append(row)
@@ -242,9 +256,12 @@ def summarise(rows: Sequence[CellRow]) -> list[Summary]:
     main = common_metric(summaries)
     sign = 1 if main is not None and main.split()[-1] in LOWER_IS_BETTER else -1
 
-    def order(summary: Summary) -> tuple[bool, float]:
+    splits = list(dict.fromkeys(summary.test_data for summary in summaries))
+
+    def order(summary: Summary) -> tuple[bool, int, float]:
         score = summary.score
-        return (score is None, sign * score.value if score is not None and main is not None else 0.0)
+        place = sign * score.value if score is not None and main is not None else 0.0
+        return (score is None, splits.index(summary.test_data), place)
 
     return sorted(summaries, key=order)
 

@@ -18,7 +18,7 @@ from peftkit.record import Parameters
 from peftkit.report.advice import Advice, advice_markdown, render_advice
 from peftkit.report.advice import advise as advise_all
 from peftkit.report.method_comparison import SOURCE
-from peftkit.report.rows import CellRow, Outside
+from peftkit.report.rows import CellRow, Outside, summarise
 
 N = 400
 TUNED = {"trials": 8}
@@ -183,6 +183,8 @@ def test_each_test_split_has_its_own_answer(tmp_path: Path) -> None:
     assert (film.variant, press.variant) == ("lora, film", "full, press")
     assert film.headline == "On this machine, film: take lora, film."
     assert "lost has no result here" in film.cautions[-1]
+    order = [summary.variant for summary in summarise(rows)]
+    assert order == ["lora, film", "full, film", "full, press", "lora, press", "lost"], "best first on each split"
 
 
 def test_what_others_measured_is_never_recommended(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ function showHeadline(open) {
   const host = section("headline");
   const best = variants.find((variant) => mainMetric !== null && scoreOf(variant));
   const compared = best ? differencesTo(best.name, mainMetric) : [];
-  const tied = compared.filter((difference) => difference.outcome === "undecided");
+  const tied = compared.filter(asGoodAlone);
   const parts = [el("p", { class: "eyebrow" }, "Benchmark report"), el("h1", { id: "headline-title" }, report.suite)];
   const [first, ...rest] = report.description ? report.description.split(/\n\s*\n/) : [""];
   if (first) parts.push(el("p", { class: "about" }, first));
@@ -62,6 +62,7 @@ function facts(best) {
 function verdict(best, compared, open) {
   const score = scoreOf(best);
   const [first] = report.differences.filter((difference) => difference.metric === mainMetric);
+  const several = new Set(variants.map((variant) => variant.test_data)).size > 1;
   const lines = compared.length
     ? againstBest(compared, open)
     : first
@@ -82,7 +83,7 @@ function verdict(best, compared, open) {
       "p",
       { class: "winner" },
       el("button", { type: "button", class: "plain", onclick: () => open(best.cells[0]) }, best.name),
-      ` has the ${lowerIsBetter(mainMetric) ? "lowest" : "highest"} ${metricTitle(mainMetric)}: `,
+      ` has the ${lowerIsBetter(mainMetric) ? "lowest" : "highest"} ${metricTitle(mainMetric)}${several ? ` on ${best.test_data}` : ""}: `,
       el("b", { class: "nowrap" }, formatScore(score.value)),
       " ",
       el("span", { class: "muted nowrap" }, formatInterval(score.low, score.high)),
@@ -97,14 +98,27 @@ function inOrder(compared) {
   return compared.map(({ variant }) => variant).sort((a, b) => place.get(a) - place.get(b));
 }
 
+// Not told apart by a test for this difference alone. The correction for many keeps from calling a method worse in
+// error; here the error would be to call it as good.
+function asGoodAlone({ outcome, p_value }) {
+  return outcome === "undecided" && p_value >= 0.05;
+}
+
 function againstBest(compared, open) {
-  const tied = compared.filter(({ outcome }) => outcome === "undecided");
+  const tied = compared.filter(asGoodAlone);
+  const alone = compared.filter((difference) => difference.outcome === "undecided" && !asGoodAlone(difference));
   const apart = compared.filter(({ outcome }) => outcome !== "undecided");
   const lines = [
     tied.length
       ? el("p", {}, el("strong", {}, "Not told apart from it: "), names(inOrder(tied), open), ".")
-      : el("p", {}, "Every other method that was compared is told apart from it."),
+      : alone.length
+        ? null
+        : el("p", {}, "Every other method that was compared is told apart from it."),
   ];
+  if (alone.length) {
+    const title = `Told apart if compared alone, not as one of ${grouped(compared.length)}: `;
+    lines.push(el("p", {}, el("strong", {}, title), names(inOrder(alone), open), "."));
+  }
   if (apart.length) lines.push(el("p", {}, el("strong", {}, "Told apart: "), names(inOrder(apart), open), "."));
   if (tied.length) {
     const reach = Math.max(...tied.map(({ detectable }) => detectable));
