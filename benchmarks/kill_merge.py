@@ -1,8 +1,9 @@
-"""Kill merges at random moments, and fill their disk: `python benchmarks/kill_merge.py --kills 20`.
+"""Kill merges and exports at random moments, and fill their disk: `python benchmarks/kill_merge.py --what gguf`.
 
-Each merge runs in a process of its own that is ended with SIGKILL after a random part of the time that a whole merge
-takes, or that may write no file beyond a random size. Afterwards base and adapter are what they were, the output is
-whole or not there, and the next merge succeeds and leaves nothing beside it. Exits 1 where any of that does not hold.
+Each run is a process of its own that is ended with SIGKILL after a random part of the time that a whole one takes, or
+that may write no file beyond a random size. Afterwards what it reads is what it was, the output is that of an
+undisturbed run or not there, and the next run gives that output and leaves nothing beside it. Exits 1 where any of
+that does not hold.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tiny_models import write_tiny
 
@@ -30,30 +31,34 @@ from peftkit.files import STAGING_PREFIX, write_json
 
 RESULTS = Path(__file__).parent / "results" / "kill-merge"
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+WORK = ("merge", "gguf", "ollama", "onnx")
+FAULTS = ("input damaged", "half outputs", "next run failed", "next output differs", "something left beside it")
+REPORTS = ("merge_report.json", "export_report.json")
 REFUSED, BROKEN = 3, 4
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=WORK, default="merge")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         home = lay(Path(folder))
-        rows = [kill_all(home, options.kills, options.seed), fill_all(home, options.kills, options.seed)]
+        rows = [end(home, options.kills, options.seed, what=options.what) for end in (kill_all, fill_all)]
     for row in rows:
         print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
     document = {
-        "note": "Merges ended at random moments, by SIGKILL and by a disk that takes no more. After each one: whether "
-        "the input is intact, whether an output stands that is not whole, and whether the next merge succeeds.",
-        "command": f"python benchmarks/kill_merge.py --kills {options.kills} --seed {options.seed}",
+        "note": "Merges and exports ended at random moments, by SIGKILL and by a disk that takes no more. After each "
+        "one: whether the input is intact, whether an output stands that is not whole, and whether the next run gives "
+        "the output of an undisturbed one, with nothing left beside it.",
+        "command": f"python benchmarks/kill_merge.py --what {options.what} --kills {options.kills} "
+        f"--seed {options.seed}",
         "rows": rows,
         "environment": json.loads(json.dumps(describe_environment())),
     }
-    write_json(RESULTS / "kill-merge.json", document)
-    return (
-        0 if all(row["input damaged"] == row["half outputs"] == row["next merge failed"] == "0" for row in rows) else 1
-    )
+    write_json(RESULTS / f"kill-{options.what}.json", document)
+    return 0 if all(row[fault] == "0" for row in rows for fault in FAULTS) else 1
 
 
 def lay(home: Path, **sizes: int) -> Path:
@@ -62,7 +67,7 @@ def lay(home: Path, **sizes: int) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = write_tiny(home / "base", "llama", shard_size="5MB", **{**SIZES, **sizes})
+    base = write_tiny(home / "base", "llama", shard_size="5MB", pairs=[("t", "h")], **{**SIZES, **sizes})
     config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(home / "adapter")
@@ -70,65 +75,69 @@ def lay(home: Path, **sizes: int) -> Path:
     return home
 
 
-def kill_all(home: Path, count: int, seed: int) -> dict[str, str]:
-    """End merges with SIGKILL, each at a random moment of its work."""
-    started = time.perf_counter()
-    assert run(home, lambda: None) == 0
-    whole_seconds = time.perf_counter() - started
-    clear(home)
+def kill_all(home: Path, count: int, seed: int, *, what: str = "merge") -> dict[str, str]:
+    """End runs with SIGKILL, each at a random moment of its work."""
+    whole_seconds = min(undisturbed(home, what) for _ in range(2))  # the first has to wait for files
     chance = random.Random(seed)
     moments = [chance.uniform(0, whole_seconds) for _ in range(count)]
-    return tally("kill -9", home, [lambda moment=moment: run(home, lambda: None, moment) for moment in moments])
+    return tally("kill -9", home, what, [partial(run, home, what, moment=moment) for moment in moments])
 
 
-def fill_all(home: Path, count: int, seed: int) -> dict[str, str]:
-    """Let merges write files up to a random size only."""
-    largest = max(file.stat().st_size for file in (home / "base").glob("*.safetensors"))
+def fill_all(home: Path, count: int, seed: int, *, what: str = "merge") -> dict[str, str]:
+    """Let runs write files up to a random size only."""
+    undisturbed(home, what)
+    largest = max(file.stat().st_size for file in (home / "outputs" / "model").iterdir())
     chance = random.Random(seed)
 
     def limit(size: int) -> Callable[[], None]:
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     sizes = [chance.randrange(0, largest) for _ in range(count)]
-    return tally("full disk", home, [lambda size=size: run(home, limit(size)) for size in sizes])
+    return tally("full disk", home, what, [partial(run, home, what, limit(size)) for size in sizes])
 
 
-def tally(what: str, home: Path, attempts: list[Callable[[], int]]) -> dict[str, str]:
-    """Make each attempt, look at what it left, then merge undisturbed."""
-    before = contents(home)
-    ended = finished = damaged = half = failed = left = 0
+def undisturbed(home: Path, what: str) -> float:
+    """The seconds of a run that nobody ends; its output stands there."""
+    clear(home)
+    started = time.perf_counter()
+    assert run(home, what) == 0, f"{what} fails by itself"
+    return time.perf_counter() - started
+
+
+def tally(ended_by: str, home: Path, what: str, attempts: list[Callable[[], int]]) -> dict[str, str]:
+    """Make each attempt, look at what it left, then run undisturbed; an undisturbed run's output stands there."""
+    before, whole = inputs(home), output(home)
+    clear(home)
+    ended = left = 0
+    faults = dict.fromkeys(FAULTS, 0)
     for attempt in attempts:
-        code = attempt()
-        ended += code != 0
-        finished += code == 0
-        damaged += contents(home) != before
-        half += (home / "outputs" / "model").exists() and not is_whole(home / "outputs" / "model")
-        failed += run(home, lambda: None) != 0 or not is_whole(home / "outputs" / "model")
+        ended += attempt() != 0
+        faults["input damaged"] += inputs(home) != before
         left += any((home / "outputs").glob(f"{STAGING_PREFIX}*"))
+        stands = (home / "outputs" / "model").exists()
+        faults["half outputs"] += stands and output(home) != whole
+        if stands and what != "merge":
+            clear(home)  # an export refuses a folder in use; a merge knows its own
+        faults["next run failed"] += run(home, what) != 0
+        faults["next output differs"] += output(home) != whole
+        faults["something left beside it"] += [*(home / "outputs").iterdir()] != [home / "outputs" / "model"]
         clear(home)
-    return {
-        "ended by": what,
-        "merges": str(len(attempts)),
-        "ended early": str(ended),
-        "input damaged": str(damaged),
-        "half outputs": str(half),
-        "next merge failed": str(failed),
-        "something left beside it": str(left),
-    }
+    counts = {"runs": len(attempts), "ended early": ended, "left something for the next": left, **faults}
+    return {"what": what, "ended by": ended_by, **{key: str(count) for key, count in counts.items()}}
 
 
-def run(home: Path, prepare: Callable[[], None], moment: float | None = None) -> int:
-    """Merge in a forked process, so that no time goes into imports; ended after `moment` seconds. Its exit code."""
-    from peftkit.deploy import merge as merging
-    from peftkit.deploy.verify import examine
+def run(home: Path, what: str, prepare: Callable[[], None] = lambda: None, *, moment: float | None = None) -> int:
+    """Work in a forked process, so that no time goes into imports; ended after `moment` seconds. Its exit code."""
+    import peftkit.deploy.export
+    import peftkit.deploy.merge
+    import peftkit.deploy.verify  # noqa: F401
 
     child = os.fork()
     if child == 0:
         code = BROKEN
         try:
             prepare()
-            merging.prove = examine  # in this process: what is asked of the models is no part of this
-            merging.merge(home / "adapter", home / "outputs" / "model", base=str(home / "base"))
+            write(home, what)
             code = 0
         except OutputError:
             code = REFUSED
@@ -142,19 +151,39 @@ def run(home: Path, prepare: Callable[[], None], moment: float | None = None) ->
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def contents(home: Path) -> dict[str, str]:
-    """Digests of everything that a merge reads."""
+def write(home: Path, what: str) -> None:
+    """Merge the adapter; or export the base, for Ollama with the adapter beside it."""
+    from peftkit.deploy import export as exporting
+    from peftkit.deploy import merge as merging
+    from peftkit.deploy.parity import PROMPTS, check_gguf
+    from peftkit.deploy.verify import examine
+
+    base, adapter, out = home / "base", home / "adapter", home / "outputs" / "model"
+    # in this process, or with one prompt: what is asked of the models is no part of this
+    merging.prove, exporting.check_gguf = examine, partial(check_gguf, prompts=PROMPTS[:1])
+    if what == "merge":
+        merging.merge(adapter, out, base=str(base))
+    elif what == "ollama":
+        exporting.export(adapter, "ollama", out, base=str(base))
+    else:
+        exporting.export(base, "gguf" if what == "gguf" else "onnx", out)
+
+
+def inputs(home: Path) -> dict[str, str]:
+    """Digests of everything that is read."""
     files = [file for name in ("base", "adapter") for file in sorted((home / name).rglob("*")) if file.is_file()]
     return {str(file): file_sha256(file) for file in files}
 
 
-def is_whole(model: Path) -> bool:
-    """Whether a merged model has its report, and every file that it tells of, as it was written."""
-    if not (model / "merge_report.json").is_file():
-        return False
-    report: dict[str, Any] = json.loads((model / "merge_report.json").read_text(encoding="utf-8"))
-    files = report["files"].items()
-    return report["status"] == "ok" and all(file_sha256(model / name) == digest for name, digest in files)
+def output(home: Path) -> dict[str, str]:
+    """Digests of everything that was written; of a report, which tells times, its status."""
+    found = {}
+    for file in sorted((home / "outputs" / "model").rglob("*")):
+        if file.name in REPORTS:
+            found[file.name] = str(json.loads(file.read_text(encoding="utf-8"))["status"])
+        elif file.is_file():
+            found[file.name] = file_sha256(file)
+    return found
 
 
 def clear(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,27 @@ ENCODERS = ("bert", "t5")
 """Those that classify; the others write."""
 
 
-def write_tiny(folder: Path, family: str, *, seed: int = 0, shard_size: str = "50GB", **changes: Any) -> Path:
-    """A random model of a family as an ordinary folder, with tokenizer and chat template."""
+def write_tiny(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    shard_size: str = "50GB",
+    pairs: Sequence[tuple[str, str]] = (),
+    **changes: Any,
+) -> Path:
+    """A random model of a family as an ordinary folder, with tokenizer and chat template.
+
+    Args:
+        pairs: as `byte_tokenizer` takes them.
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    byte_tokenizer(end=family == "t5").save_pretrained(folder)
+    byte_tokenizer(end=family == "t5", pairs=pairs).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**settings_of(family), **changes})
+    sizes = {"vocab_size": ALPHABET_SIZE + len(pairs)}
+    config = AutoConfig.for_model(family, **{**settings_of(family), **sizes, **changes})
     auto = AutoModel if family in ENCODERS else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
     return folder
@@ -50,14 +64,20 @@ def settings_of(family: str) -> dict[str, Any]:
     return {**COMMON, **DECODER}
 
 
-def byte_tokenizer(*, end: bool = False) -> Any:
-    """A tokenizer of bytes with a chat template; `end`: it ends every text with its end token."""
+def byte_tokenizer(*, end: bool = False, pairs: Sequence[tuple[str, str]] = ()) -> Any:
+    """A tokenizer of bytes with a chat template.
+
+    Args:
+        end: it ends every text with its end token.
+        pairs: letters that make a token of their own; llama.cpp takes no byte-pair vocabulary without any.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     assert len(alphabet) == ALPHABET_SIZE
-    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokens = [*alphabet, *("".join(pair) for pair in pairs)]
+    inner = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, list(pairs)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     if end:

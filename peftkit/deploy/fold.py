@@ -1,7 +1,8 @@
 """Fold an adapter into its base one tensor at a time, from the base's files into files of the same layout.
 
 Nothing but the adapter, and the module being folded, is ever in memory: a machine that could not load the model can
-merge it. PEFT's own layers do the folding (see `hollow`); what they do not touch is copied.
+merge it. PEFT's own layers do the folding (see `hollow`), but for plain LoRA (see `rows`); what neither touches is
+copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from peftkit.backbones.load import quantization_config
 from peftkit.deploy.adapter import INSIDE, Onto, Source, check_base, unfoldable
 from peftkit.deploy.hollow import Hollow, open_hollow
 from peftkit.deploy.rounding import quantize, round_once
+from peftkit.deploy.rows import row_fold
 from peftkit.deploy.shards import ShardWriter
 from peftkit.deploy.weights import INDEX, WEIGHTS, NotByTensor, Place
 from peftkit.files import sync_file, write_json
@@ -95,6 +97,19 @@ class _Fold:
         return found.to(self.hollow.dtype) if found.is_floating_point() else found
 
     def _fold_module(self, root: str) -> None:
+        plain = _plain(self.roots[root])
+        names = [name for name, _ in _tensors(plain, root)]
+        own = self.hollow.start is None and not any(name in self.hollow.given | self.hollow.codes for name in names)
+        rows = row_fold(self.roots[root]) if own else None
+        if rows is None:
+            self._fold_by_peft(root)
+        else:
+            self.pending |= {name: self.hollow.held(name) for name in names}
+            weight = f"{root}.weight"
+            self.dithered += rows.fold_into(self.pending[weight], weight)
+        self.done.add(root)
+
+    def _fold_by_peft(self, root: str) -> None:
         from peft.utils.other import ModulesToSaveWrapper
 
         from peftkit.backbones.quiet import quietly
@@ -112,7 +127,6 @@ class _Fold:
                 raise unfoldable(self.source.adapter, self.source.config, told) from fault
             for name, tensor in _tensors(plain, root):
                 self.pending[name] = self._rounded(name, tensor.detach(), grid.get(name))
-        self.done.add(root)
 
     def _rounded(self, name: str, exact: Tensor, base: Tensor | None = None) -> Tensor:
         if not exact.is_floating_point():

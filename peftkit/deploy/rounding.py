@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ CHUNK = 2**18
 """Numbers rounded at a time: few enough to stay in a core's cache from one pass over them to the next."""
 SAMPLED = 4
 """The share that survives is taken of every fourth of these; of a tensor that is no longer than one, of all."""
+
+Part = Callable[[int], Tensor]
+"""Gives a tensor's numbers, flat and in float32, from a place on: `CHUNK` of them, or those that are left. They are
+good until it is called again."""
 
 
 def dequantize(model: nn.Module) -> dict[str, Tensor]:
@@ -120,32 +124,43 @@ def round_once(exact: Tensor, dtype: torch.dtype, base: Tensor | None, name: str
         base: what it was before the fold, where that lies on the grid of a narrow `dtype`; else None.
         name: of the parameter; its dither depends on nothing else, in whatever order parameters come.
     """
-    nearest = torch.empty(exact.shape, dtype=dtype, device=exact.device)
-    kept = power = 0.0
+    rounded = torch.empty(exact.shape, dtype=dtype, device=exact.device)
     flat = exact.reshape(-1)
+    return rounded, round_into(rounded, lambda at: flat[at : at + CHUNK], base, name)
+
+
+def round_into(rounded: Tensor, exact: Part, base: Tensor | None, name: str) -> bool:
+    """Round `exact` into `rounded`, which may be `base` itself: `round_once` for what need not be in memory whole."""
+    flat = rounded.view(-1)
+    generator = None
+    if base is not None and not _survives(exact, rounded.dtype, base.reshape(-1)):
+        generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
     for at in range(0, flat.numel(), CHUNK):
-        part = flat[at : at + CHUNK]
-        rounded = part.to(dtype)
-        nearest.view(-1)[at : at + CHUNK] = rounded
-        if base is not None and at // CHUNK % SAMPLED == 0:
-            before = base.reshape(-1)[at : at + CHUNK].float()
-            delta = part - before
-            power += float(delta.dot(delta))
-            kept += float((rounded.float() - before).dot(delta))
-    if power == 0.0 or not math.isfinite(power) or abs(kept / power - 1) <= KEPT_SHARE:
-        return nearest, False
-    generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
-    for at in range(0, flat.numel(), CHUNK):
-        nearest.view(-1)[at : at + CHUNK] = round_stochastically(flat[at : at + CHUNK], dtype, generator)
-    return nearest, True
+        part = exact(at)
+        if generator is not None:
+            part = round_stochastically(part, rounded.dtype, generator)
+        flat[at : at + CHUNK] = part
+    return generator is not None
+
+
+def _survives(exact: Part, dtype: torch.dtype, base: Tensor) -> bool:
+    """Whether the delta on top of `base`, flat, survives rounding to nearest."""
+    kept = power = 0.0
+    for at in range(0, base.numel(), SAMPLED * CHUNK):
+        part, before = exact(at), base[at : at + CHUNK].float()
+        delta = part - before
+        power += float(delta.dot(delta))
+        kept += float((part.to(dtype).float() - before).dot(delta))
+    return power == 0.0 or not math.isfinite(power) or abs(kept / power - 1) <= KEPT_SHARE
 
 
 def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round float32 to `dtype`, to either neighbour, with mean `exact`; what `dtype` holds exactly stays."""
     if dtype == torch.bfloat16:  # the upper half of a float32: add noise below, then cut
         draws = torch.empty(-(-exact.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        noise = draws.view(torch.int16)[: exact.numel()].reshape(exact.shape).to(exact.device, torch.int32) & 0xFFFF
-        return ((exact.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(dtype)
+        noise = draws.view(torch.int16)[: exact.numel()].reshape(exact.shape).to(exact.device, torch.int32)
+        noise.bitwise_and_(0xFFFF).add_(exact.view(torch.int32)).bitwise_and_(-(2**16))
+        return noise.view(torch.float32).to(dtype)
     nearest = exact.to(dtype)
     shift = torch.rand(exact.shape, generator=generator).to(exact.device) - 0.5
     return torch.where(nearest.float() == exact, nearest, (exact + shift * spacing(exact, dtype)).to(dtype))

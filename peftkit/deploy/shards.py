@@ -9,7 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import mmap
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -36,8 +41,14 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
+HUGE = 2**21
+"""Bytes of a huge page: larger tensors are read into such, since a large matrix takes thousands of small ones."""
 CHUNK = 2**24
 """Bytes copied at a time."""
+PIECE = 2**20
+"""Bytes that are hashed and then written while they are in a core's cache."""
+WAITING = 2**26
+"""Bytes of tensors that may wait for the disk; one larger than that waits alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class Shard:
     def read(self, key: str) -> Tensor:
         """A tensor, as it lies there."""
         entry = self.entries[key]
-        content = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        content = _room(entry.end - entry.start)
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
             _fill(file, content.numpy().data, self.path)
@@ -109,6 +120,8 @@ def read_header(path: Path) -> Shard:
 class ShardWriter:
     """A file written in the order of its plan; after the block, `digest` is the SHA-256 of what was meant to be there.
 
+    A thread hashes and writes while the caller makes the next tensor: what was handed over may not be changed.
+
     Attributes:
         plan: dtype and shape of each tensor, in order.
     """
@@ -119,6 +132,8 @@ class ShardWriter:
     _left: list[str] = field(default_factory=list)
     _file: FileIO | None = None
     _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _scribe: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _waiting: deque[tuple[Future[None], int]] = field(default_factory=deque)
 
     def __enter__(self) -> ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -137,28 +152,46 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor of the plan."""
         self._expect(name, tensor.dtype, tuple(tensor.shape))
-        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._hand_over(lambda: self._put(content), len(content))
 
     def copy(self, name: str, shard: Shard, key: str) -> None:
         """The next tensor of the plan, byte for byte from another file."""
         entry = shard.entries[key]
         self._expect(name, entry.dtype, entry.shape)
-        buffer = memoryview(bytearray(min(CHUNK, max(1, entry.end - entry.start))))
-        with shard.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            for start in range(entry.start, entry.end, CHUNK):
-                part = buffer[: min(CHUNK, entry.end - start)]
-                _fill(file, part, shard.path)
-                self._put(part)
+        self._hand_over(lambda: self._copy(shard.path, entry), 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        self._file.close()
+        try:
+            if kind is None:
+                self._let_finish(down_to=0)
+        finally:
+            self._scribe.shutdown(cancel_futures=True)
+            self._file.close()
         if kind is None:
             assert not self._left, f"{self._left} were planned and not written"
             self.digest = self._hash.hexdigest()
+
+    def _hand_over(self, work: Callable[[], None], size: int) -> None:
+        self._let_finish(down_to=WAITING - size)
+        self._waiting.append((self._scribe.submit(work), size))
+
+    def _let_finish(self, *, down_to: int) -> None:
+        """Wait until no more bytes than that wait, or none at all; a fault of the thread is raised here."""
+        while self._waiting and (down_to <= 0 or sum(size for _, size in self._waiting) > down_to):
+            self._waiting.popleft()[0].result()
+
+    def _copy(self, path: Path, entry: Entry) -> None:
+        buffer = memoryview(bytearray(min(CHUNK, max(1, entry.end - entry.start))))
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            for start in range(entry.start, entry.end, CHUNK):
+                part = buffer[: min(CHUNK, entry.end - start)]
+                _fill(file, part, path)
+                self._put(part)
 
     def _expect(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert self._left, f"{name} comes after the last tensor of the plan"
@@ -167,10 +200,21 @@ class ShardWriter:
 
     def _put(self, content: memoryview) -> None:
         assert self._file is not None
-        self._hash.update(content)
-        done = 0
-        while done < len(content):
-            done += self._file.write(content[done:])
+        for start in range(0, len(content), PIECE):
+            piece = content[start : start + PIECE]
+            self._hash.update(piece)
+            while piece:
+                piece = piece[self._file.write(piece) :]
+
+
+def _room(size: int) -> Tensor:
+    """Bytes to be filled."""
+    if sys.platform != "linux" or size < HUGE:
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _fill(file: FileIO, buffer: memoryview, path: Path) -> None:

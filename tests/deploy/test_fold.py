@@ -73,10 +73,11 @@ def test_every_method_on_every_family_answers_like_the_live_adapter(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_weights_are_those_of_a_merge_in_memory_bit_for_bit(
-    dtype: str, quantization: str, bases: dict[str, Path], tmp_path: Path
+    method: str, dtype: str, quantization: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapt(tmp_path / "adapter", bases["llama"], configure("dora", "llama"), dtype=dtype, quantization=quantization)
+    adapt(tmp_path / "adapter", bases["llama"], configure(method, "llama"), dtype=dtype, quantization=quantization)
     by_tensor = fold(tmp_path / "adapter", tmp_path / "one")
     (tmp_path / "other").mkdir()
     whole = fold_in_memory(read_source(tmp_path / "adapter"), tmp_path / "other", onto="dequantized")

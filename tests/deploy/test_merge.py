@@ -206,7 +206,7 @@ def test_a_faulty_fold_is_caught_under_the_error_of_quantizing_again(
     fault: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_adapter(tmp_path / "adapter", llama, Lora(rank=16, rslora=True), quantization="nf4", amount=0.1)
-    monkeypatch.setattr(folding, "fold_module", faulty_fold(FOLD_FAULTS[fault]))
+    spoil_fold(FOLD_FAULTS[fault], monkeypatch)
     with pytest.raises(VerificationFailed):
         merge(tmp_path / "adapter", tmp_path / "out", onto="requantized")
 
@@ -236,15 +236,21 @@ def test_a_classification_head_comes_along(head: Head, llama: Path, tmp_path: Pa
     assert (report.verification.difference.mean_kl is None) == (head.problem == "regression")
 
 
-def faulty_fold(spoil: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """PEFT's fold of one module, which is spoilt before."""
-    real = folding.fold_module
+def spoil_fold(spoil: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every adapter is spoilt before it is folded, by rows or by PEFT."""
+    by_rows, by_peft = folding.row_fold, folding.fold_module
 
-    def fold(wrapper: Any) -> Any:
+    def rows(wrapper: Any) -> Any:
+        if by_rows(wrapper) is not None:
+            spoil(wrapper)
+        return by_rows(wrapper)
+
+    def whole(wrapper: Any) -> Any:
         spoil(wrapper)
-        return real(wrapper)
+        return by_peft(wrapper)
 
-    return fold
+    monkeypatch.setattr(folding, "row_fold", rows)
+    monkeypatch.setattr(folding, "fold_module", whole)
 
 
 def scaled(factor: float) -> Callable[[Any], None]:
@@ -277,7 +283,7 @@ def test_a_faulty_fold_is_caught(
     fault: str, quantization: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_adapter(tmp_path / "adapter", llama, Lora(rank=16, rslora=True), quantization=quantization)
-    monkeypatch.setattr(folding, "fold_module", faulty_fold(FOLD_FAULTS[fault]))
+    spoil_fold(FOLD_FAULTS[fault], monkeypatch)
     with pytest.raises(VerificationFailed, match="does not answer like"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -292,7 +298,7 @@ def test_a_faulty_fold_is_caught_in_bfloat16_too(
     fault: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_adapter(tmp_path / "adapter", llama, Lora(rank=16, rslora=True), dtype="bfloat16")
-    monkeypatch.setattr(folding, "fold_module", faulty_fold(FOLD_FAULTS[fault]))
+    spoil_fold(FOLD_FAULTS[fault], monkeypatch)
     with pytest.raises(VerificationFailed):
         merge(tmp_path / "adapter", tmp_path / "out")
 
@@ -306,7 +312,7 @@ def test_a_delta_finer_than_bfloat16_survives_and_its_faults_are_still_caught(
     assert found.dithered_tensors == 14
     assert found.verification.difference.gain == pytest.approx(1, abs=0.2)  # nearest keeps less than half of it
     assert (found.verification.base.rms_logit or 0) < found.verification.tolerance.rms_difference
-    monkeypatch.setattr(folding, "fold_module", faulty_fold(FOLD_FAULTS[fault]))
+    spoil_fold(FOLD_FAULTS[fault], monkeypatch)
     with pytest.raises(VerificationFailed):
         merge(tmp_path / "adapter", tmp_path / "out")
 

@@ -31,7 +31,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an adapter, merged."""
     home = kill_merge.lay(tmp_path_factory.mktemp("home"), **SMALL)
-    assert kill_merge.run(home, lambda: None) == 0
+    assert kill_merge.run(home, "merge") == 0
     (home / "outputs" / "model").rename(home / "merged")
     return home
 
@@ -96,10 +96,10 @@ def test_what_the_process_raises_is_raised_here(home: Path, monkeypatch: pytest.
         verify_models(home / "adapter", home / "merged")
 
 
-def test_killed_and_filled_merges_leave_the_input_whole_and_no_half_output(home: Path) -> None:
-    for row in (kill_merge.kill_all(home, 3, seed=1), kill_merge.fill_all(home, 2, seed=1)):
-        assert row["input damaged"] == row["half outputs"] == row["next merge failed"] == "0"
-        assert row["something left beside it"] == "0"
+@pytest.mark.parametrize("what", ["merge", "gguf"])
+def test_what_is_killed_or_finds_its_disk_full_leaves_the_input_whole_and_no_half_output(what: str, home: Path) -> None:
+    for row in (kill_merge.kill_all(home, 3, seed=1, what=what), kill_merge.fill_all(home, 2, seed=1, what=what)):
+        assert {fault: row[fault] for fault in kill_merge.FAULTS} == dict.fromkeys(kill_merge.FAULTS, "0")
         assert int(row["ended early"]) > 0
 
 

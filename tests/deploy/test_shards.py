@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftkit.cache import file_sha256
+from peftkit.deploy import shards
 from peftkit.deploy.shards import ShardWriter, read_header
 from peftkit.errors import BackboneError
 
@@ -43,6 +44,39 @@ def test_what_the_library_writes_is_read_and_copied_byte_for_byte(tmp_path: Path
             writer.copy(f"model.{name}", shard, name)
     found = load_file(tmp_path / "ours.safetensors")
     assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in TENSORS.items())
+
+
+def test_tensors_that_wait_for_the_disk_come_in_order_and_their_faults_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    monkeypatch.setattr(shards, "WAITING", 2**16)
+    tensors = {
+        str(index): torch.randn(index * 1000, generator=torch.Generator().manual_seed(index)) for index in range(40)
+    }
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with ShardWriter(tmp_path / "model.safetensors", plan) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert writer.digest == file_sha256(tmp_path / "model.safetensors")
+    shard = read_header(tmp_path / "model.safetensors")
+    shard.path.write_bytes(shard.path.read_bytes()[:-8])
+    with (
+        pytest.raises(BackboneError, match="ends before its last tensor"),
+        ShardWriter(tmp_path / "other.safetensors", {"39": plan["39"]}) as other,
+    ):
+        other.copy("39", shard, "39")
+
+
+@pytest.mark.parametrize("size", [0, 5, shards.HUGE + 6])
+def test_a_tensor_is_read_as_it_lies_whatever_its_size(size: int, tmp_path: Path) -> None:
+    tensor = torch.arange(size, dtype=torch.int32).to(torch.int16)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    found = read_header(tmp_path / "model.safetensors").read("a")
+    assert torch.equal(found, tensor)
+    assert torch.equal(found.add_(1), tensor + 1)
 
 
 @pytest.mark.parametrize(
