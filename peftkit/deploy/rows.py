@@ -1,8 +1,9 @@
-"""LoRA folded into a weight where that lies, a few rows at a time, bit for bit as PEFT's layer folds it.
+"""LoRA folded into a weight where that lies, a few rows at a time, to the numbers of PEFT's layer.
 
 PEFT forms the delta whole, scales it into another matrix and adds that to the weight, widened into a third: matrices
 that are made anew for every layer, and take longer to get from the system than to compute. Rows that stay in a core's
-cache from the product to the rounding need none of them.
+cache from the product to the rounding need none of them. Bits are PEFT's own wherever the BLAS sums the products of
+these rows as it sums those of all.
 
 Shapes: O outputs, I inputs, R rank, B rows of O.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from peftkit.deploy.rounding import CHUNK, Part, round_into
 
 FEWEST = 16
-"""Rows multiplied at a time, at least: of very few, BLAS sums the products in another order."""
+"""Rows multiplied at a time, at least: of very few, a BLAS sums the products in another order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,17 @@ def adapted(outputs: int, inputs: int, **settings: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**{**usual, **settings})).base_model.model[0]
 
 
+def assert_same_but_for_order(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but where a BLAS sums eight products in another order: by a step of the grid in one number of a thousand,
+    or by roundings of float32."""
+    differing = found != expected
+    if found.dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    elif differing.any():
+        assert differing.float().mean() < 1e-3
+        torch.testing.assert_close(found, expected, rtol=1.01 * torch.finfo(found.dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("outputs", "inputs"),
     [
@@ -48,7 +59,7 @@ def test_rows_fold_to_the_numbers_of_pefts_layer(outputs: int, inputs: int, dtyp
     fold_module(layer)
     expected, _ = round_once(base.detach(), dtype, held if narrow else None, "w")
     assert dither == (fine and narrow)
-    assert torch.equal(found, expected)
+    assert_same_but_for_order(found, expected)
     assert not torch.equal(found, held)
 
 
