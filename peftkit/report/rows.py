@@ -245,10 +245,7 @@ def read_manifest(suite: Path) -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[CellRow]) -> list[Summary]:
-    """One summary a variant: best first where all share a main metric, variants without results last.
-
-    Those scored on the same test data stand together.
-    """
+    """One summary a variant, by test data, best first where all share a main metric; those without results last."""
     grouped: dict[str, list[CellRow]] = {}
     for row in rows:
         grouped.setdefault(row.variant, []).append(row)
