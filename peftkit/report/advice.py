@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from peftkit.report.comparison import SIGNIFICANT, Comparison, Difference, compare_rows, signed, unit
@@ -61,7 +62,8 @@ def advise_on(rows: Sequence[CellRow]) -> Advice:
     Methods are compared in pairs with the best, each alone here: adjusted for their number, a p-value keeps from
     calling one worse in error, where the error to avoid is to call it as good. One that trains nothing costs nothing.
     Where a cost was not measured of all of them, the next one decides: memory alone, time alone, weights trained; and
-    without any, the score.
+    without any, the score. Nobody is a candidate who scores below one that is told apart: seeds that differ widely cannot
+    be told from anything.
     """
     summaries = summarise(rows)
     metric = common_metric(summaries)
@@ -72,9 +74,16 @@ def advise_on(rows: Sequence[CellRow]) -> Advice:
     best = scored[0]
     comparison = compare_rows(rows, best.variant)
     found = {difference.variant: difference for difference in comparison.differences}
-    tied = [each for each in scored if each.variant in found and _as_good_alone(found[each.variant])]
+    compared = [each for each in scored if each.variant in found]
+    as_good = [each for each in compared if _as_good_alone(found[each.variant])]
+    tied = list(takewhile(lambda each: each in as_good, compared))
     candidates = [best, *tied]
-    cautions = (*_doubts(candidates), *_unlike(scored, comparison), *_ends(summaries))
+    cautions = (
+        *_below([each for each in as_good if each not in tied]),
+        *_doubts(candidates),
+        *_unlike(scored, comparison),
+        *_ends(summaries),
+    )
     sure = [each for each in candidates if not _may_be_guessing(each, metric)]
     if not sure:
         headline = f"{_where(scored)}: take none of them yet."
@@ -154,6 +163,12 @@ def _guessers(candidates: Sequence[Summary], sure: Sequence[Summary]) -> tuple[s
     """Those that might be as good as the best, and might as well be guessing."""
     names = [each.variant for each in candidates if each not in sure]
     return (f"Left aside, as they cannot be told from guessing either: {_listed(names)}.",) if names else ()
+
+
+def _below(lost: Sequence[Summary]) -> tuple[str, ...]:
+    """Those whose seeds differ too widely to be told from the best, though others that score more are."""
+    told = "Left aside, as their seeds differ widely and others that are told apart from the best score more"
+    return (f"{told}: {_listed([each.variant for each in lost])}.",) if lost else ()
 
 
 def _product(summary: Summary) -> float | None:

@@ -91,6 +91,15 @@ def test_one_that_is_worse_alone_is_not_taken_because_many_were_compared(tmp_pat
     assert advice.variant == "a"
 
 
+def test_one_whose_seeds_differ_widely_is_not_as_good_as_anything(tmp_path: Path) -> None:
+    rows = seeds_of(tmp_path, "full", 20, memory_mib=1000)
+    rows += seeds_of(tmp_path, "head", 60, memory_mib=500)
+    rows += [cell(tmp_path, "moody", [*range(wrong)], seed, memory_mib=10) for seed, wrong in enumerate((1, 2, 190))]
+    advice = advise(rows)
+    assert advice.variant == "full"
+    assert any("seeds differ widely" in caution and "moody" in caution for caution in advice.cautions), advice
+
+
 def test_a_clear_winner_is_taken_whatever_it_costs(tmp_path: Path) -> None:
     rows = [*seeds_of(tmp_path, "full", 10, memory_mib=1000), *seeds_of(tmp_path, "lora", 150, memory_mib=100)]
     advice = advise(rows)

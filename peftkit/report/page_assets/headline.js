@@ -4,7 +4,7 @@ function showHeadline(open) {
   const host = section("headline");
   const best = variants.find((variant) => mainMetric !== null && scoreOf(variant));
   const compared = best ? differencesTo(best.name, mainMetric) : [];
-  const tied = compared.filter(asGoodAlone);
+  const tied = asGoodAsBest(compared);
   const parts = [el("p", { class: "eyebrow" }, "Benchmark report"), el("h1", { id: "headline-title" }, report.suite)];
   const [first, ...rest] = report.description ? report.description.split(/\n\s*\n/) : [""];
   if (first) parts.push(el("p", { class: "about" }, first));
@@ -102,6 +102,13 @@ function inOrder(compared) {
 // error; here the error would be to call it as good.
 function asGoodAlone({ outcome, p_value }) {
   return outcome === "undecided" && p_value >= 0.05;
+}
+
+// Seeds that differ widely cannot be told from anything: nobody counts who scores below one that is told apart.
+function asGoodAsBest(compared) {
+  const order = inOrder(compared).map((name) => compared.find(({ variant }) => variant === name));
+  const first = order.findIndex((difference) => !asGoodAlone(difference));
+  return first < 0 ? order : order.slice(0, first);
 }
 
 function againstBest(compared, open) {
