@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def fold_by_tensor(source: Source, folder: Path, *, onto: Onto, say: Say) -> Fol
     stored, untied = _names_to_store(fold)
     layout = _layout(hollow, stored)
     digests, places = dict[str, str](), dict[str, str]()
-    with ThreadPoolExecutor(1) as flusher:  # the disk takes one file while the next is folded
+    # the disk takes one file while the next is folded, and a core is left to the thread that hashes and writes
+    with ThreadPoolExecutor(1) as flusher, fewer_threads(1):
         flushed = []
         for index, (file, names) in enumerate(layout.items(), 1):
             say(f"folding {file} ({index} of {len(layout)})")
@@ -187,6 +189,18 @@ def fold_by_tensor(source: Source, folder: Path, *, onto: Onto, say: Say) -> Fol
         digests=digests,
         num_bytes=num_bytes,
     )
+
+
+@contextmanager
+def fewer_threads(spared: int) -> Iterator[None]:
+    """Within the block, torch computes with so many threads less, with one at least: waiting ones take their core from
+    whoever else works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - spared))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fold_module(wrapper: Any) -> nn.Module:

@@ -62,8 +62,8 @@ def advise_on(rows: Sequence[CellRow]) -> Advice:
     Methods are compared in pairs with the best, each alone here: adjusted for their number, a p-value keeps from
     calling one worse in error, where the error to avoid is to call it as good. One that trains nothing costs nothing.
     Where a cost was not measured of all of them, the next one decides: memory alone, time alone, weights trained; and
-    without any, the score. Nobody is a candidate who scores below one that is told apart: seeds that differ widely cannot
-    be told from anything.
+    without any, the score. Nobody is a candidate who scores below one that is told apart: seeds that differ widely
+    cannot be told from anything.
     """
     summaries = summarise(rows)
     metric = common_metric(summaries)

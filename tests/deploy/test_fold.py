@@ -17,7 +17,7 @@ from peftkit.backbones.hollow import build_hollow, is_hollow
 from peftkit.backbones.load import read_config
 from peftkit.backbones.spec import LANGUAGE_HEAD, BackboneSpec, Head
 from peftkit.deploy.adapter import read_source
-from peftkit.deploy.fold import Folded, fold_by_tensor
+from peftkit.deploy.fold import Folded, fewer_threads, fold_by_tensor
 from peftkit.deploy.fold_memory import fold_in_memory
 from peftkit.deploy.weights import NotByTensor
 from peftkit.errors import BackboneError
@@ -192,3 +192,16 @@ def test_a_hollow_model_has_every_shape_and_no_storage(bases: dict[str, Path]) -
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     assert all(is_hollow(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("threads", "within"), [(3, 2), (1, 1)])
+def test_a_core_is_left_to_the_writer_while_a_fold_lasts(threads: int, within: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pytest.raises(KeyError), fewer_threads(1):
+            assert torch.get_num_threads() == within
+            raise KeyError
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
