@@ -179,14 +179,15 @@ def differences(calm: Path, rough: Path) -> list[str]:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What a cell found, without what time and memory it took; every file of it is read whole."""
-    from safetensors.numpy import load_file
+    import torch
+    from safetensors.torch import load_file
 
     try:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         weights = sorted(path for path in folder.glob("*/*.safetensors") if "checkpoints" not in path.parts)
         tensors = {
-            f"{path.name} {name}": hashlib.sha256(tensor.tobytes()).hexdigest()
+            f"{path.name} {name}": hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
             for path in weights
             for name, tensor in load_file(path).items()
         }
