@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure; 1 where a promise is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="at least 2")
-    parser.add_argument("--steps", type=int, default=90, help="so many that a cell takes about a minute")
+    parser.add_argument("--steps", type=int, default=115, help="so many that a cell takes about a minute")
     options = parser.parse_args(arguments)
     runs = measure(steps=options.steps, repeats=options.repeats)
     rows = [row_of(f"run {number}", run) for number, run in enumerate(runs, start=1)]
