@@ -11,17 +11,17 @@ import pytest
 from peftkit.onednn import CAPACITIES, KEPT, bound_caches
 
 GROWTH = """
-import peftkit, resource
+import peftkit, psutil
 peftkit.train
 import torch
 if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
     raise SystemExit(5)
 weight = torch.randn(384, 384, dtype=torch.bfloat16)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def held(): return psutil.Process().memory_info().rss
 for tokens in range(300, 340): torch.randn(tokens, 384, dtype=torch.bfloat16) @ weight.T
-before = peak()
+before = held()
 for tokens in range(340, 640): torch.randn(tokens, 384, dtype=torch.bfloat16) @ weight.T
-print(peak() - before)
+print(held() - before)
 """
 
 
@@ -40,4 +40,7 @@ def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
         assert told.returncode == 0, told.stderr
         return int(told.stdout)
 
-    assert growth() < growth(**dict.fromkeys(CAPACITIES, "1024")) / 2
+    unbounded = growth(**dict.fromkeys(CAPACITIES, "1024"))
+    if unbounded < 2**24:
+        pytest.skip("this processor's bfloat16 products leave nothing behind")
+    assert growth() < unbounded / 2
