@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from tiny_models import write_tiny
@@ -128,10 +129,8 @@ def tally(ended_by: str, home: Path, what: str, attempts: list[Callable[[], int]
 
 def run(home: Path, what: str, prepare: Callable[[], None] = lambda: None, *, moment: float | None = None) -> int:
     """Work in a forked process, so that no time goes into imports; ended after `moment` seconds. Its exit code."""
-    import peftkit.deploy.export
-    import peftkit.deploy.merge
-    import peftkit.deploy.verify  # noqa: F401
-
+    for module in ("export", "merge", "verify"):
+        import_module(f"peftkit.deploy.{module}")
     child = os.fork()
     if child == 0:
         code = BROKEN

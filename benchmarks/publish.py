@@ -144,7 +144,9 @@ def report_table(path: Path, columns: Sequence[str] = ()) -> str:
     """The table of a suite's report, or some of its columns."""
     lines = path.read_text(encoding="utf-8").splitlines()
     below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    rows = [line.strip("|").split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), below)]
+    rows = [
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in itertools.takewhile(lambda line: line.startswith("|"), below)
+    ]
     names = [name.strip() for name in rows[0]]
     shown = [names.index(column) for column in columns or names]
     return "\n".join(f"|{'|'.join(row[place] for place in shown)}|" for row in rows)

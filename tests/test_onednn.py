@@ -14,8 +14,6 @@ GROWTH = """
 import peftkit, psutil
 peftkit.train
 import torch
-if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    raise SystemExit(5)
 weight = torch.randn(384, 384, dtype=torch.bfloat16)
 def held(): return psutil.Process().memory_info().rss
 for tokens in range(300, 340): torch.randn(tokens, 384, dtype=torch.bfloat16) @ weight.T
@@ -34,13 +32,10 @@ def test_what_somebody_set_is_left_alone() -> None:
 def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
     def growth(**changes: str) -> int:
         clean = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
-        told = subprocess.run([sys.executable, "-c", GROWTH], env=clean | changes, capture_output=True, text=True)
-        if told.returncode == 5:
-            pytest.skip("this processor's bfloat16 products are not compiled by oneDNN")
-        assert told.returncode == 0, told.stderr
+        told = subprocess.run([sys.executable, "-c", GROWTH], env=clean | changes, stdout=subprocess.PIPE, check=True)
         return int(told.stdout)
 
     unbounded = growth(**dict.fromkeys(CAPACITIES, "1024"))
     if unbounded < 2**24:
-        pytest.skip("this processor's bfloat16 products leave nothing behind")
+        pytest.skip("this processor's bfloat16 products are not compiled for each shape, so there is nothing to bound")
     assert growth() < unbounded / 2
