@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from peftkit.data.batching import pack, packs
 from peftkit.data.features import IGNORED, Features
-from peftkit.kernels import attention
-from peftkit.kernels.attention import _Products, _Terms, packed_attention
+from peftkit.kernels import attention, products
+from peftkit.kernels.attention import packed_attention
 from peftkit.kernels.layouts import DECODERS, ENCODERS
 from peftkit.kernels.packed import packing_trouble, real_rows, run_packed
+from peftkit.kernels.products import Terms, attend_by_products
 from peftkit.kernels.segments import LARGEST, Segments
 
 LENGTHS = [9, 8, 8, 5, 3, 1]
@@ -68,7 +69,7 @@ def assert_same_gradients(model: torch.nn.Module, wanted: dict[str, Tensor]) -> 
 def test_a_decoder_packed_equals_each_example_alone(
     kind: str, products: bool, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "LONGEST_PRODUCT", longest)
+    monkeypatch.setitem(attention.LONGEST_PRODUCT, 8, longest)
     window = {"sliding_window": 4} if kind in WINDOWED else {}
     config = tiny(kind, num_key_value_heads=2, head_dim=8, **window)
     torch.manual_seed(0)
@@ -182,40 +183,46 @@ def test_prefix_tuning_recomputes_its_layers(tiny_llama: Path) -> None:
     assert len(calls) == 2  # once forward, once again in the backward pass
 
 
+@pytest.mark.parametrize("longest_kept", [128, 3], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     ("terms", "virtual"),
     [
-        (_Terms(0.3, causal=True), 0),
-        (_Terms(0.3, causal=True), 3),
-        (_Terms(0.3, causal=False), 2),
-        (_Terms(0.3, causal=True, window=3), 0),
-        (_Terms(0.3, causal=True, softcap=2.0), 0),
+        (Terms(0.3, causal=True), 0),
+        (Terms(0.3, causal=True), 3),
+        (Terms(0.3, causal=False), 2),
+        (Terms(0.3, causal=True, window=3), 0),
+        (Terms(0.3, causal=True, softcap=2.0), 0),
     ],
 )
-def test_the_gradient_of_attention_is_its_derivative(terms: _Terms, virtual: int) -> None:
+def test_the_gradient_of_attention_is_its_derivative(
+    terms: Terms, virtual: int, longest_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LONGEST_KEPT", longest_kept)
     torch.manual_seed(0)
     segments = Segments.of([4, 4, 3, 1])
 
     def random(heads: int, rows: int) -> Tensor:
         return torch.randn(1, heads, rows, 2, dtype=torch.float64, requires_grad=True)
 
-    front = (random(2, virtual), random(2, virtual)) if virtual else (None, None)
-    inputs = (random(4, 12), random(2, 12), random(2, 12), *front)
-    assert torch.autograd.gradcheck(lambda *x: _Products.apply(*x, segments, terms, 0.0), inputs)
+    front = (random(2, virtual), random(2, virtual)) if virtual else ()
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, *before: Tensor) -> Tensor:
+        return attend_by_products(query, key, value, segments, terms, front=before or None)  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(attended, (random(4, 12), random(2, 12), random(2, 12), *front))
 
 
 def test_dropped_scores_are_the_same_in_the_backward_pass() -> None:
-    segments, terms = Segments.of([4, 3]), _Terms(0.5, causal=False)
+    segments, terms = Segments.of([4, 3]), Terms(0.5, causal=False)
     torch.manual_seed(0)
     inputs = [torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
     def dropping(*states: Tensor) -> Tensor:
         torch.manual_seed(5)
-        out: Tensor = _Products.apply(*states, None, None, segments, terms, 0.4)
-        return out
+        return attend_by_products(*states, segments, terms, dropout=0.4)
 
     assert torch.autograd.gradcheck(dropping, inputs)
-    whole = _Products.apply(*inputs, None, None, segments, terms, 0.0)
+    whole = attend_by_products(*inputs, segments, terms)
     assert (dropping(*inputs) - whole).abs().max() > 0.01
 
 
@@ -233,10 +240,11 @@ def test_the_users_own_attention_keeps_its_padding(tiny_llama: Path) -> None:
 def test_groups_hold_all_rows_in_order_within_the_largest_product() -> None:
     lengths = [700, 300, 299, 290, 40, 39, 10, 1, 1]
     segments = Segments.of(lengths)
-    rows = torch.arange(sum(lengths))
-    assert torch.equal(torch.cat([group.collect(group.spread(rows)) for group in segments.groups]), rows)
+    states = torch.arange(sum(lengths) * 6).view(1, -1, 2, 3).transpose(1, 2)
+    blocks = segments.blocks(2)
+    assert torch.equal(blocks.collect(blocks.gather(states))[None].transpose(1, 2), states)
     assert all(g.examples == 1 or g.examples * g.longest**2 <= LARGEST for g in segments.groups)
-    assert [g.examples for g in segments.groups] == [1, 3, 2, 1, 2]
+    assert [g.examples for g in segments.groups] == [1, 2, 1, 2, 1, 2]
     assert segments.positions()[0, :701].tolist() == [*range(700), 0]
 
 
