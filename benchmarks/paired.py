@@ -1,6 +1,8 @@
 """peftkit and a peer in turn, each in a fresh process: ratios of speed and memory with their spread, and both losses.
 
-A pair is one run of each, one after the other, so that both meet the same machine. Rates leave out the first two steps.
+A round is one run of peftkit and one of each kind of peer asked for, one after the other, so that all meet the same
+machine; peftkit's run and a peer's of one round are a pair. Rates leave out the first two steps; those of a job of
+several epochs count them, for there peftkit fills its cache.
 """
 
 from __future__ import annotations
@@ -78,6 +80,9 @@ RATIOS: dict[str, Measure] = {
     "all_steps_tokens_per_second": Measure(
         "tokens/s, first steps too", lambda s: rate(s.tokens, s.step_seconds, skip=0), "{:.1f}".format
     ),
+    "all_steps_tokens_per_cpu_second": Measure(
+        "tokens/CPU s, first steps too", lambda s: rate(s.tokens, s.cpu_seconds, skip=0), "{:.1f}".format
+    ),
     "training_bytes": Measure("memory", lambda s: s.peak_bytes - s.baseline_bytes, format_bytes),
     "peak_bytes": Measure("memory with the model", lambda s: s.peak_bytes, format_bytes),
 }
@@ -95,25 +100,31 @@ def main(script: Script, arguments: Sequence[str]) -> int:
         run_stage(script, arguments[1], Path(arguments[2]))
         return 0
     options = parse(script, arguments)
-    comparison = describe(script, options)
+    comparisons = {peer: describe(script, options, peer) for peer in options.peer}
     with tempfile.TemporaryDirectory(prefix="peftkit-paired-") as scratch:
         folder = Path(scratch)
-        write_json(folder / "comparison.json", asdict(comparison))
         environment = stage_environment(options.threads)
+        write_json(folder / "comparison.json", asdict(comparisons[options.peer[0]]))
         launch(script.file, "ground", folder, environment)
-        pairs = []
+        rounds = []
         for number in range(options.pairs):
-            pair = {side: sample_of(script.file, side, folder, environment) for side in ("peftkit", "peer")}
-            pairs.append(pair)
-            told = ", ".join(f"{side} {RATIOS['tokens_per_second'].of(s):.1f} tokens/s" for side, s in pair.items())
-            print(f"pair {number + 1} of {options.pairs}: {told}", flush=True)
+            samples = {"peftkit": sample_of(script.file, "peftkit", folder, environment)}
+            for peer, comparison in comparisons.items():
+                write_json(folder / "comparison.json", asdict(comparison))
+                samples[peer] = sample_of(script.file, "peer", folder, environment)
+            rounds.append(samples)
+            rate_of = RATIOS[headline(next(iter(comparisons.values())))[0]].of
+            rates = (f"{side} {rate_of(sample):.1f}" for side, sample in samples.items())
+            print(f"round {number + 1} of {options.pairs}, tokens/s: {', '.join(rates)}", flush=True)
         found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    document = summarise(script, options, comparison, pairs, environment=found)
-    show(document)
-    named = [options.job, options.peer, *([options.dtype] if options.dtype else [])]
-    path = options.out / document["title"] / f"{'-'.join(named)}.json"
-    write_json(path, document)
-    print(f"written to {path}")
+    for peer, comparison in comparisons.items():
+        pairs = [{"peftkit": samples["peftkit"], "peer": samples[peer]} for samples in rounds]
+        document = summarise(script, options, comparison, pairs, environment=found)
+        show(document)
+        named = [options.job, peer, *([options.dtype] if options.dtype else [])]
+        path = options.out / document["title"] / f"{'-'.join(named)}.json"
+        write_json(path, document)
+        print(f"written to {path}")
     return 0
 
 
@@ -121,7 +132,7 @@ def parse(script: Script, arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a comparison."""
     parser = argparse.ArgumentParser(description=script.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=list(script.jobs), required=True)
-    parser.add_argument("--peer", choices=PEERS, required=True)
+    parser.add_argument("--peer", choices=PEERS, nargs="+", required=True)
     parser.add_argument("--pairs", type=int, default=5, help="runs of each side; published numbers have five or more")
     parser.add_argument("--steps", type=int, default=script.steps, help="optimizer steps of a run")
     parser.add_argument("--batch-size", type=int, default=script.batch_size, help="examples of an optimizer step")
@@ -136,14 +147,14 @@ def parse(script: Script, arguments: Sequence[str]) -> argparse.Namespace:
     if options.steps <= WARMUP_STEPS:
         parser.error(f"--steps needs more than the {WARMUP_STEPS} that are left out")
     given = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+    given["peer"] = " ".join(options.peer)
     words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if name != "out"]
     options.command = " ".join([f"python benchmarks/{Path(script.file).name}", *words])
-    options.per_device = options.per_device or script.per_device[options.peer]
     return options
 
 
-def describe(script: Script, options: argparse.Namespace) -> Comparison:
-    """The comparison that the options ask for; steps are rounded up to whole epochs."""
+def describe(script: Script, options: argparse.Namespace, peer: str) -> Comparison:
+    """The comparison with one kind of peer that the options ask for; steps are rounded up to whole epochs."""
     from peftkit.recipe import Training
 
     epochs = script.epochs.get(options.job, 1)
@@ -164,7 +175,7 @@ def describe(script: Script, options: argparse.Namespace) -> Comparison:
     defaults = Training()
     fixed = {"betas": list(defaults.betas), "weight_decay": defaults.weight_decay, "clip": defaults.clip}
     recipe |= {"training": fixed | training, "evaluation": {"every": "never"}, "seed": options.seed}
-    return Comparison(recipe, options.job, options.peer, options.per_device)
+    return Comparison(recipe, options.job, peer, options.per_device or script.per_device[peer])
 
 
 def fastest_dtype() -> str:
@@ -250,7 +261,7 @@ def summarise(
         "and greatest. Memory is the peak above the loaded model. Losses are peftkit's and, in brackets, how far they "
         "are from the peer's.",
         "rows": [as_row(options, comparison, ratios, differences)],
-        "peer": {"kind": options.peer, "per_device": options.per_device, **versions},
+        "peer": {"kind": comparison.peer, "per_device": comparison.per_device, **versions},
         "pairs": options.pairs,
         "steps": len(pairs[0]["peftkit"].losses),
         "recipe": comparison.recipe,
@@ -277,22 +288,29 @@ def as_row(
         found = differences[name]
         return f"{found['peftkit']:.4f} ({found['peftkit'] / found['peer'] - 1:+.2%})"
 
-    speed, memory = RATIOS["tokens_per_second"], RATIOS["training_bytes"]
-    speeds, memories = ratios["tokens_per_second"], ratios["training_bytes"]
+    counted, cpu_counted = headline(comparison)
+    speed, memory = RATIOS[counted], RATIOS["training_bytes"]
+    speeds, memories = ratios[counted], ratios["training_bytes"]
     return {
         "job": f"{options.job}, {comparison.dtype}",
-        "peer": options.peer,
+        "peer": comparison.peer,
         "pairs": str(options.pairs),
         "tokens/s": speed.show(speeds["peftkit"]),
         "peer's": speed.show(speeds["peer"]),
-        "ratio": spread("tokens_per_second"),
-        "ratio by CPU time": spread("tokens_per_cpu_second"),
+        "ratio": spread(counted),
+        "ratio by CPU time": spread(cpu_counted),
         "memory": memory.show(memories["peftkit"]),
         "peer's memory": memory.show(memories["peer"]),
         "memory ratio": spread("training_bytes"),
         "training loss": loss("mean_loss"),
         "validation loss": loss("validation_loss"),
     }
+
+
+def headline(comparison: Comparison) -> tuple[str, str]:
+    """The names of the rates that a comparison is judged by, in wall and in CPU time."""
+    names = ("tokens_per_second", "tokens_per_cpu_second")
+    return names if comparison.training["epochs"] == 1 else (f"all_steps_{names[0]}", f"all_steps_{names[1]}")
 
 
 def ratio(measure: Measure, pairs: Sequence[Mapping[str, Sample]]) -> dict[str, float]:

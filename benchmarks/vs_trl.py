@@ -1,4 +1,4 @@
-"""Chat finetuning with peftkit and with TRL's SFTTrainer: `python benchmarks/vs_trl.py --job lora --peer tuned`.
+"""Chat finetuning with peftkit and with TRL's SFTTrainer: `python benchmarks/vs_trl.py --job lora --peer tuned as-is`.
 
 SmolLM2-135M on builtin:chatterbot-en, loss on the assistant's tokens. Needs `pip install -e ".[peers]"`.
 
