@@ -24,14 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED = ("report.md", "results.csv", "results.parquet", "differences.csv", "scatter.png", "suite.yaml")
 COSTS = ("trained", "memory", "time", "seeds")
+SPEED = ("job", "peer", "tokens/s", "peer's", "ratio", "memory", "peer's memory", "memory ratio", "training loss")
 README_TABLES: dict[str, tuple[str, Sequence[str]]] = {
     "demo table": ("demo/report.md", ()),
     "what fits": ("what-fits/tokens-1024.json", ()),
     "methods classify": ("methods-classify/report.md", ("variant", "accuracy", *COSTS)),
     "methods chat": ("methods-chat/report.md", ("variant", "perplexity", "token_accuracy", *COSTS)),
+    "chat against TRL": ("vs-trl", SPEED),
+    "classification against Trainer": ("vs-trainer", SPEED),
 }
-"""The README's generated tables, by the word in their marker: where their rows lie, and the columns to show; all where
-none is named."""
+"""The README's generated tables, by the word in their marker: the report, file or folder of files that has their rows,
+and the columns to show; all where none is named."""
 HEADER = """# Results
 
 Written by `python benchmarks/publish.py` from what committed commands printed; do not edit. Each section names the
@@ -83,7 +86,12 @@ def documents() -> dict[Path, str]:
 def with_table(text: str, word: str, source: Path, columns: Sequence[str]) -> str:
     """The text with the generated table between its markers."""
     block = re.compile(rf"(<!-- {word}: benchmarks/publish.py -->\n).*?(<!-- end -->)", re.DOTALL)
-    table = report_table(source, columns) if source.suffix == ".md" else markdown_table(read_measured(source)["rows"])
+    if source.suffix == ".md":
+        table = report_table(source, columns)
+    else:
+        files = sorted(source.glob("*.json")) if source.is_dir() else [source]
+        rows = [row for path in files for row in read_measured(path)["rows"]]
+        table = markdown_table([{name: row[name] for name in columns or row} for row in rows])
     return block.sub(lambda found: found.group(1) + table + "\n" + found.group(2), text)
 
 
@@ -110,7 +118,8 @@ def measured_section(folder: Path) -> str:
     parts = [f"## {folder.name}"]
     for (note, *_), rows in tables.items():
         parts += [note, markdown_table(rows)]
-    parts += ["### How to reproduce", "```\n" + "\n".join(document["command"] for document in documents) + "\n```"]
+    commands = dict.fromkeys(document["command"] for document in documents)
+    parts += ["### How to reproduce", "```\n" + "\n".join(commands) + "\n```"]
     return "\n\n".join([*parts, environment_table(documents)]) + "\n"
 
 

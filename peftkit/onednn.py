@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from typing import Final
 
 KEPT: Final = 64
-"""Products in each cache: as fast as 1,024, where 16 are slower (`benchmarks/step_profile.py --ablate`)."""
+"""Products in each cache: within some hundredths of the speed of 1,024 (`benchmarks/step_profile.py --ablate`)."""
 CAPACITIES: Final = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 

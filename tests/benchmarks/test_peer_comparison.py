@@ -48,6 +48,15 @@ def test_rates_leave_out_the_first_two_steps() -> None:
     assert paired.RATIOS["training_bytes"].of(run) == 400 - 100
 
 
+def test_where_a_cache_is_filled_the_first_steps_count() -> None:
+    def judged_by(epochs: int) -> list[float]:
+        comparison = sides.Comparison({"training": {"epochs": epochs}}, "lora-top", "tuned", 4)
+        return [paired.RATIOS[name].of(sample()) for name in paired.headline(comparison)]
+
+    assert judged_by(1) == pytest.approx([(10 + 20) / (1 + 2), (10 + 20) / (2 + 4)])
+    assert judged_by(3) == pytest.approx([50 / 21, 50 / 24])
+
+
 def test_a_ratio_is_taken_within_each_pair() -> None:
     pairs = [
         {
