@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from transformers import AttentionInterface
 
-from peftkit.kernels import attention, dropout, lora, loss
+from peftkit.kernels import attention, dropout, lora, loss, products
 from peftkit.plan.cuda_operators import HALF, Architecture, cuda_operators, flash_attention
 from peftkit.plan.storages import StorageTracker, Stream
 from peftkit.recipe import Training
@@ -44,7 +44,7 @@ def chosen_for(card: Architecture | None, tracker: StorageTracker) -> Iterator[N
             stack.enter_context(patch.dict(AttentionInterface._global_mapping, attend))
             stack.enter_context(patch.object(loss, "CHUNK_BYTES", {}))
             stack.enter_context(patch.object(optimizers, "build_optimizer", _paging(optimizers.build_optimizer)))
-            for module in (attention, dropout, lora):
+            for module in (dropout, lora, products):
                 stack.enter_context(patch.object(module, "keep_mask", _keep_mask))
         yield
 
