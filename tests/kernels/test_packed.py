@@ -207,7 +207,7 @@ def test_the_gradient_of_attention_is_its_derivative(
     front = (random(2, virtual), random(2, virtual)) if virtual else ()
 
     def attended(query: Tensor, key: Tensor, value: Tensor, *before: Tensor) -> Tensor:
-        return attend_by_products(query, key, value, segments, terms, front=before or None)  # type: ignore[arg-type]
+        return attend_by_products(query, key, value, segments, terms, front=before or None)
 
     assert torch.autograd.gradcheck(attended, (random(4, 12), random(2, 12), random(2, 12), *front))
 
