@@ -31,7 +31,7 @@ ELEMENTWISE = re.compile(
 INSIDE: dict[str, re.Pattern[str]] = {
     "optimizer": re.compile(r"^Optimizer\.|_fused_adam|_foreach_(norm|mul)|linalg_vector_norm|clip_coef"),
     "head and loss": re.compile(r"(?i)cross_?entropy|nll_?loss|log_?softmax|logsumexp"),
-    "attention": re.compile(r"(?i)attention|(?<!log_)softmax|^aten::(bmm|baddbmm)|_Products"),
+    "attention": re.compile(r"(?i)attention|(?<!log_)softmax|^aten::(bmm|baddbmm)|_(Products|Spread|Collect)"),
     "dequantization": re.compile(r"bitsandbytes|dequantize"),
     "adapters": re.compile(r"_LoraLinear"),
     "layers": re.compile(r"(?i)norm|_Gated|_Rotate|dropout"),

@@ -101,6 +101,7 @@ def main(script: Script, arguments: Sequence[str]) -> int:
         return 0
     options = parse(script, arguments)
     comparisons = {peer: describe(script, options, peer) for peer in options.peer}
+    rate_of = RATIOS[headline(comparisons[options.peer[0]])[0]].of
     with tempfile.TemporaryDirectory(prefix="peftkit-paired-") as scratch:
         folder = Path(scratch)
         environment = stage_environment(options.threads)
@@ -113,7 +114,6 @@ def main(script: Script, arguments: Sequence[str]) -> int:
                 write_json(folder / "comparison.json", asdict(comparison))
                 samples[peer] = sample_of(script.file, "peer", folder, environment)
             rounds.append(samples)
-            rate_of = RATIOS[headline(next(iter(comparisons.values())))[0]].of
             rates = (f"{side} {rate_of(sample):.1f}" for side, sample in samples.items())
             print(f"round {number + 1} of {options.pairs}, tokens/s: {', '.join(rates)}", flush=True)
         found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
